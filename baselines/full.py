@@ -1,0 +1,22 @@
+"""`full`: every visual token, the row that all others are compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .base import Budget, Compressor, Selection, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full(Compressor):
+    """The backbone itself: keeps every visual token, whatever the budget."""
+
+    name = "full"
+
+    def count(self, n: int, budget: Budget) -> int:
+        return n
+
+    def compress(self, tokens: VisualTokens, count: int) -> Selection:
+        return Selection(kept=torch.arange(tokens.features.shape[0], device=tokens.features.device))  # type: ignore[arg-type]

@@ -1,0 +1,134 @@
+"""Names of compressors, and how to build one from a name and options.
+
+Built-in methods stand in `BUILTIN`, one line each. A third party's package appears here by an entry point in the group
+`visionselector_eval.compressors` (name -> "module:Class"); nothing in this repository has to change for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from .base import Compressor, as_compressor
+from .errors import InputError, unknown
+
+log = logging.getLogger(__name__)
+
+ENTRY_POINT_GROUP = "visionselector_eval.compressors"
+
+_HERE = "visionselector_eval.baselines"
+BUILTIN: dict[str, str] = {
+    "full": f"{_HERE}.full:Full",
+    "random": f"{_HERE}.random:Random",
+    "uniform": f"{_HERE}.uniform:Uniform",
+    "downsample": f"{_HERE}.downsample:Downsample",
+    "divprune": f"{_HERE}.divprune:DivPrune",
+    "visionzip": f"{_HERE}.visionzip:VisionZip",
+    "visionselector": "visionselector_eval.models.visionselector.compressor:VisionSelector",
+}
+
+
+def _third_party() -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name in BUILTIN:
+            log.warning("%s:%s is ignored: a built-in compressor has that name", ENTRY_POINT_GROUP, point.name)
+        else:
+            found[point.name] = point
+    return found
+
+
+def available() -> list[str]:
+    """Sorted names of all compressors, third-party ones included. Imports none of them."""
+    return sorted({*BUILTIN, *_third_party()})
+
+
+@cache
+def compressor_class(name: str) -> type:
+    """The class registered under `name`.
+
+    Raises
+    ------
+    InputError: for an unknown name (with the nearest existing one), or a third-party entry that cannot be imported.
+    """
+    if name in BUILTIN:
+        module, _, attribute = BUILTIN[name].partition(":")
+        return getattr(import_module(module), attribute)
+    third_party = _third_party()
+    if name not in third_party:
+        raise unknown("method", name, available())
+    try:
+        return third_party[name].load()
+    except Exception as error:
+        raise InputError(
+            f"method '{name}' of entry point '{third_party[name].value}' cannot be imported: {error!r}"
+        ) from error
+
+
+def options_of(name: str) -> dict[str, inspect.Parameter]:
+    """The options that `build(name, ...)` takes, by name."""
+    parameters = inspect.signature(compressor_class(name)).parameters
+    return {
+        key: p for key, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and key != "self"
+    }
+
+
+def resolve_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` checked against the method's own, completed with the defaults.
+
+    Raises
+    ------
+    InputError: unknown method, unknown option (with the nearest existing one), missing option, or a value of another type.
+    """
+    known = options_of(name)
+    for key in options:
+        if key not in known:
+            raise unknown(f"option of method {name}", key, known)
+    resolved: dict[str, Any] = {}
+    for key, parameter in known.items():
+        default = parameter.default
+        if key in options:
+            resolved[key] = _checked(name, key, options[key], default)
+        elif default is inspect.Parameter.empty:
+            raise InputError(f"method '{name}' needs its option '{key}': give {key}=VALUE")
+        else:
+            resolved[key] = default
+    return resolved
+
+
+def _checked(name: str, key: str, value: Any, default: Any) -> Any:
+    """`value` where it has the default's type; int becomes float where the default is a float."""
+    if default is None or default is inspect.Parameter.empty or value is None:
+        return value
+    if isinstance(default, bool):
+        fits = isinstance(value, bool)
+    elif isinstance(default, float):
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        value = float(value) if fits else value
+    elif isinstance(default, int):
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    elif isinstance(default, str):
+        fits = isinstance(value, str)
+    else:
+        fits = True
+    if not fits:
+        raise InputError(
+            f"option {key}={value!r} of method '{name}' has the wrong type: give a {type(default).__name__}, "
+            f"for example {key}={default!r}"
+        )
+    return value
+
+
+def build(name: str, **options: Any) -> Compressor:
+    """Build a compressor by name: `build("divprune", upstream_exact=True)`.
+
+    Raises
+    ------
+    InputError: unknown method or option (the message names the near match), or an option's value that cannot be used.
+    """
+    return as_compressor(compressor_class(name)(**resolve_options(name, options)))

@@ -1,0 +1,168 @@
+"""Answer batches of requests under any number of (compressor, budget) settings from one vision pass."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from visionselector_eval.baselines.base import Budget, Compressor
+
+from .backbones.base import ALL_TRACES, Backbone
+from .inputs import MediaSettings, build_inputs
+from .splice import CompressedPrompt, Encoded
+
+if TYPE_CHECKING:
+    from torch import LongTensor
+
+# What a task may say about generation and transformers understands; tasks also carry keys of other model families.
+_GENERATION = frozenset(
+    {
+        "do_sample",
+        "length_penalty",
+        "max_new_tokens",
+        "min_new_tokens",
+        "min_p",
+        "no_repeat_ngram_size",
+        "num_beams",
+        "repetition_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+    }
+)
+DEFAULT_MAX_NEW_TOKENS = 128  # lmms-eval's qwen2_5_vl, for tasks that say nothing (textvqa_val)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question.
+
+    Attributes
+    ----------
+    key: names the document, for seeded methods.
+    messages: gives the conversation (see `build_inputs`) when it is needed, so that pictures are decoded batch by batch.
+    generation: the task's generation settings.
+    until: strings at which the answer ends.
+    """
+
+    key: str
+    messages: Callable[[], Sequence[Mapping[str, Any]]]
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    until: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A compressor at a budget."""
+
+    compressor: Compressor
+    budget: Budget
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer with what it cost in tokens, measured.
+
+    Attributes
+    ----------
+    text: decoded, cut at the first stop string.
+    kept_tokens, total_tokens: visual tokens that entered the LLM, and before compression.
+    prompt_tokens: all tokens that entered the LLM. new_tokens: generated, the end token included.
+    """
+
+    text: str
+    kept_tokens: int
+    total_tokens: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """Requests decoded, preprocessed and encoded once."""
+
+    requests: Sequence[Request]
+    inputs: Mapping[str, Any]
+    encoded: Encoded
+
+
+def generation_arguments(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's generation settings as transformers' `generate` takes them; temperature 0 or none means greedy."""
+    arguments = {k: v for k, v in generation.items() if k in _GENERATION and v is not None}
+    arguments.setdefault("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
+    arguments.setdefault("num_beams", 1)
+    if float(arguments.get("temperature", 0.0)) > 0:
+        arguments["do_sample"] = True
+    else:
+        # None takes the checkpoint's own sampling values away, which transformers else warns about.
+        arguments.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+    return arguments
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """`text` up to the first of the stop strings."""
+    for stop in until:
+        if stop:
+            text = text.split(stop, 1)[0]
+    return text
+
+
+class Answerer:
+    """Answers requests with one backbone.
+
+    Parameters
+    ----------
+    backbone: a loaded backbone.
+    settings: pixels, frames and system prompt.
+    seed: of sampled answers; greedy ones do not depend on it.
+    """
+
+    def __init__(self, backbone: Backbone, settings: MediaSettings | None = None, seed: int = 0) -> None:
+        self.backbone = backbone
+        self.settings = settings or MediaSettings()
+        self.seed = seed
+
+    def prepare(self, requests: Sequence[Request], settings: Sequence[Setting]) -> PreparedBatch:
+        """Decode, preprocess and encode a batch once for all `settings`."""
+        inputs = build_inputs(self.backbone.processor, [r.messages() for r in requests], self.settings)
+        needs = frozenset().union(*(s.compressor.needs for s in settings)) & ALL_TRACES
+        inputs = self.backbone.to_device(inputs)
+        return PreparedBatch(requests, inputs, self.backbone.encode(inputs, needs))
+
+    def answer(self, batch: PreparedBatch, setting: Setting) -> list[Answer]:
+        """Answers of a prepared batch under one setting. All requests of a batch share their generation settings."""
+        first = batch.requests[0]
+        keys = [r.key for r in batch.requests]
+        compressed = self.backbone.compress(
+            batch.inputs, setting.compressor, setting.budget, encoded=batch.encoded, keys=keys
+        )
+        arguments = generation_arguments(first.generation)
+        if arguments["do_sample"]:
+            name = f"{self.seed}:{setting.compressor.name}:{setting.budget}:{'|'.join(keys)}"
+            torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1)
+        with torch.no_grad():
+            tokens = self.backbone.run_generate(compressed, **arguments)
+        return self._decode(batch.requests, compressed, tokens)
+
+    def _decode(self, requests: Sequence[Request], compressed: CompressedPrompt, tokens: LongTensor) -> list[Answer]:
+        tokenizer = self.backbone.processor.tokenizer
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ends = self.backbone.end_tokens
+        prompt_lengths = compressed.attention_mask.sum(1).tolist()
+        answers = []
+        for i, (request, row) in enumerate(zip(requests, tokens.tolist(), strict=True)):
+            length = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
+            answers.append(
+                Answer(
+                    text=cut(texts[i], request.until),
+                    kept_tokens=len(compressed.kept[i]),
+                    total_tokens=compressed.totals[i],
+                    prompt_tokens=prompt_lengths[i],
+                    new_tokens=length,
+                )
+            )
+        return answers

@@ -1,0 +1,246 @@
+"""What every backbone offers: encode, compress, prefill, generate. An adapter adds what is special about its family."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from visionselector_eval.baselines.base import (
+    Budget,
+    Compressor,
+    Host,
+    InputError,
+    Share,
+    as_compressor,
+    parse_budget,
+)
+from visionselector_eval.baselines.full import Full
+from visionselector_eval.models.splice import CompressedPrompt, Encoded, Prompt, prompt_key, splice
+
+if TYPE_CHECKING:
+    from torch import LongTensor, Tensor
+
+log = logging.getLogger(__name__)
+
+ALL_TRACES = frozenset({"received", "keys", "cls"})
+_EVERYTHING = Full()
+
+
+@dataclass(frozen=True)
+class PrefillOutput:
+    """What one prefill saw and gave.
+
+    Attributes
+    ----------
+    kept: for each sample the kept visual indices, ascending, CPU; 0 is the first visual token of that prompt.
+    totals: for each sample its visual tokens before compression.
+    scores: for each sample (N,) or None: the compressor's scores, for pictures.
+    position_ids: (3, B, S') int64 ((B, S') for backbones with 1-D positions); 0 on padding.
+    attention_mask: (B, S') int64, 0 on (left) padding.
+    hidden: (B, S', D) after the final norm.
+    logits: (B, vocab) float32 at the last prompt position.
+    layer_lengths: tokens entering each LLM layer, the largest of the batch.
+    """
+
+    kept: list[LongTensor]
+    totals: list[int]
+    scores: list[Tensor | None]
+    position_ids: LongTensor
+    attention_mask: Tensor
+    hidden: Tensor
+    logits: Tensor
+    layer_lengths: list[int]
+
+
+class Backbone(ABC):
+    """A loaded multimodal LLM behind one interface; model classes are used as they are, through public modules.
+
+    Attributes
+    ----------
+    id: path or hub id it was loaded from.
+    revision: hub commit, or a hash of the folder's files.
+    model, processor: the transformers objects.
+    host: what compressors may know of it.
+    """
+
+    model_class: ClassVar[Any]  # the transformers class that `load_backbone` loads the weights with
+
+    def __init__(self, model: Any, processor: Any, *, id: str, revision: str, extra_weights: Mapping[str, Tensor]) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.id = id
+        self.revision = revision
+        self.host = Host(id=id, width=self.width, extra_weights=extra_weights)
+        self._bound: dict[Compressor, Compressor] = {}
+
+    # What an adapter must say -----------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """D, the size of the LLM's embeddings."""
+
+    @abstractmethod
+    def encode(self, inputs: Mapping[str, Any], needs: frozenset[str] = ALL_TRACES) -> Encoded:
+        """Run the vision encoder once for a batch; the result serves any number of compressors and budgets.
+
+        Parameters
+        ----------
+        inputs: what the processor returned.
+        needs: encoder quantities that compressors may ask for later. Capturing them costs memory for one block's
+            input; they are computed at first use.
+        """
+
+    @abstractmethod
+    def prompt(self, inputs: Mapping[str, Any], keys: Sequence[str]) -> Prompt:
+        """Embeddings, positions and the places of visual tokens, before any compression."""
+
+    @abstractmethod
+    def resize(self, inputs: Mapping[str, Any], compressor: Compressor, budget: Budget) -> dict[str, Any]:
+        """`inputs` with pixels lowered by a compressor of stage `pixels`."""
+
+    @abstractmethod
+    def run_llm(self, compressed: CompressedPrompt) -> tuple[Tensor, Tensor, list[int]]:
+        """Hidden states (B, S', D) after the final norm, last logits (B, vocab), tokens entering each layer."""
+
+    @abstractmethod
+    def run_generate(self, compressed: CompressedPrompt, **generation: Any) -> LongTensor:
+        """New tokens (B, T) by the stock `generate()`."""
+
+    # What is the same for all -----------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the prompt's tensors go."""
+        return self.model.device
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        end = self.model.generation_config.eos_token_id
+        return frozenset([end] if isinstance(end, int) else end or ())
+
+    def to_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """`inputs` with tensors on the backbone's device; checks that the batch is left-padded."""
+        moved = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items() if v is not None}
+        ids = moved.get("input_ids")
+        if ids is None or ids.ndim != 2:
+            raise InputError("inputs have no (B, S) input_ids: pass what the backbone's processor returns")
+        mask = moved.setdefault("attention_mask", torch.ones_like(ids))
+        if not bool(mask[:, -1].all()):
+            raise InputError("the batch is padded on the right: use processor(..., padding=True, padding_side='left')")
+        return moved
+
+    def bind(self, compressor: Any) -> Compressor:
+        """`compressor` made ready for this backbone; weights are looked up once."""
+        compressor = as_compressor(compressor)
+        if compressor.stage == "decoder":
+            raise InputError(f"method '{compressor.name}' acts inside the LLM: decoder-stage methods have no engine here yet")
+        try:
+            if compressor not in self._bound:
+                self._bound[compressor] = compressor.bind(self.host)
+            return self._bound[compressor]
+        except TypeError:  # an unhashable third-party object: bind it each time
+            return compressor.bind(self.host)
+
+    @torch.no_grad()
+    def compress(
+        self,
+        inputs: Mapping[str, Any],
+        compressor: Any,
+        budget: Budget | float | str = 1.0,
+        *,
+        encoded: Encoded | None = None,
+        keys: Sequence[str] | None = None,
+    ) -> CompressedPrompt:
+        """The prompt after compression, ready for the LLM. Parameters as in `prefill`."""
+        inputs = self.to_device(inputs)
+        method, share = self.bind(compressor), parse_budget(budget)
+        if keys is None:
+            mask = inputs["attention_mask"].bool()
+            keys = [prompt_key(row[m]) for row, m in zip(inputs["input_ids"], mask, strict=True)]  # type: ignore[arg-type]
+        if method.stage == "pixels":
+            if share != Share(1.0):
+                full = [sum(item.features.shape[0] for item in row) for row in encoded.rows] if encoded else None
+                shorter = self.resize(inputs, method, share)
+                result = splice(self.prompt(shorter, keys), self.encode(shorter, frozenset()), _EVERYTHING, Share(1.0))
+                totals = full if full is not None else self.visual_totals(inputs)
+                return CompressedPrompt(**{**vars(result), "totals": totals})
+            method = _EVERYTHING
+        if encoded is None:
+            encoded = self.encode(inputs, method.needs & ALL_TRACES)
+        return splice(self.prompt(inputs, keys), encoded, method, share)
+
+    @abstractmethod
+    def visual_totals(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Visual tokens of each prompt before compression, from its placeholders."""
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        inputs: Mapping[str, Any],
+        compressor: Any,
+        budget: Budget | float | str = 1.0,
+        *,
+        encoded: Encoded | None = None,
+        keys: Sequence[str] | None = None,
+    ) -> PrefillOutput:
+        """Run the LLM over the compressed prompt.
+
+        Parameters
+        ----------
+        inputs: what the processor returned: B >= 1 prompts, left-padded; any number of images and videos each.
+        compressor: what `build(...)` returned.
+        budget: `0.2`, `"20%"`, `Tokens(64)` or `"64tok"`: visual tokens to keep.
+        encoded: from `encode`, to reuse one vision pass.
+        keys: a name for each prompt (a document id), so that seeded methods draw the same in any batch; the prompt's
+            token ids by default.
+
+        Raises
+        ------
+        InputError: inputs, compressor or budget that can't be used; one line says why.
+        """
+        compressed = self.compress(inputs, compressor, budget, encoded=encoded, keys=keys)
+        hidden, logits, lengths = self.run_llm(compressed)
+        positions = compressed.position_ids
+        return PrefillOutput(
+            kept=compressed.kept,
+            totals=compressed.totals,
+            scores=compressed.scores,
+            position_ids=positions if positions.shape[0] > 1 else positions[0],  # type: ignore[arg-type]
+            attention_mask=compressed.attention_mask,
+            hidden=hidden,
+            logits=logits.float(),
+            layer_lengths=lengths,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Mapping[str, Any],
+        compressor: Any,
+        budget: Budget | float | str = 1.0,
+        *,
+        encoded: Encoded | None = None,
+        keys: Sequence[str] | None = None,
+        **generation: Any,
+    ) -> LongTensor:
+        """Answer with the stock `generate()` on the compressed prompt.
+
+        Parameters
+        ----------
+        generation: as for transformers' `generate` (max_new_tokens, do_sample, temperature, repetition_penalty, ...);
+            what is not given comes from the checkpoint's generation config, as in the stock model.
+
+        Returns
+        -------
+        (B, T) int64: new tokens only, padded after a row's end.
+        """
+        return self.run_generate(self.compress(inputs, compressor, budget, encoded=encoded, keys=keys), **generation)
+
+

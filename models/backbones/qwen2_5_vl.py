@@ -1,0 +1,330 @@
+"""Qwen2.5-VL behind the backbone interface (facts: METHODS 0.1, 0.2; what was proved: LMMS_EVAL_NOTES 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.nn import functional as F
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+from transformers.vision_utils import get_vision_window_index
+
+from visionselector_eval.baselines.base import Budget, Compressor, EncoderTrace, InputError
+from visionselector_eval.baselines.downsample import Downsample
+from visionselector_eval.models.splice import CompressedPrompt, Encoded, Prompt, VisualItem
+
+from .base import ALL_TRACES, Backbone
+
+if TYPE_CHECKING:
+    from torch import LongTensor, Tensor
+
+# Largest number of attention weights held at once while attention is summed by columns (float32: 64 MiB).
+_CHUNK_WEIGHTS = 1 << 24
+
+
+def received_attention(queries: Tensor, keys: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    """Attention that each key receives: softmax over keys, mean over heads, summed over the queries of its segment.
+
+    Exact and without an N x N array: whole rows of a few queries at a time are normalised and added up.
+
+    Parameters
+    ----------
+    queries, keys: (P, H, d), after rotary embedding.
+    lengths: sizes of the segments, in order, summing to P; attention does not cross them.
+    scale: factor of the logits, usually d ** -0.5.
+
+    Returns
+    -------
+    (P,) float32 (float64 for float64 input); each segment sums to its length.
+
+    Source: METHODS 3.2 (VisionZip's received attention).
+    """
+    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    received = []
+    start, heads = 0, queries.shape[1]
+    for length in lengths:
+        q = queries[start : start + length].to(dtype).transpose(0, 1) * scale  # (H, n, d)
+        k = keys[start : start + length].to(dtype).permute(1, 2, 0)  # (H, d, n)
+        total = torch.zeros(length, dtype=dtype, device=queries.device)
+        for rows in q.split(max(1, _CHUNK_WEIGHTS // (heads * length)), dim=1):
+            total += (rows @ k).softmax(-1).sum((0, 1))
+        received.append(total / heads)
+        start += length
+    return torch.cat(received)
+
+
+@dataclass
+class _Captured:
+    """The input of the ranking block's attention for one vision pass, patches in window order."""
+
+    attention: Any
+    hidden: Tensor  # (P, W)
+    position_embeddings: tuple[Tensor, Tensor]
+
+    def trace(self, start: int, grid: tuple[int, int, int], window_index: Tensor, merged: int, needs: frozenset[str]) -> EncoderTrace:
+        """Received attention and keys of the item whose patches begin at `start`, in raster order of merged tokens."""
+        n = grid[0] * grid[1] * grid[2]
+        rows = slice(start, start + n * merged)
+        module = self.attention
+        q, k, _ = module.qkv(self.hidden[rows]).reshape(n * merged, 3, module.num_heads, -1).unbind(1)
+        cos, sin = (part[rows] for part in self.position_embeddings)
+        q, k = apply_rotary_pos_emb_vision(q, k, cos, sin)
+        raster = torch.argsort(window_index)
+        received = keys = None
+        if "received" in needs:
+            # One segment for each temporal step: "full" attention does not cross frames (METHODS 0.1).
+            per_patch = received_attention(q, k, [grid[1] * grid[2] * merged] * grid[0], module.scaling)
+            received = per_patch.view(n, merged).mean(1)[raster]
+        if "keys" in needs:
+            keys = k.float().view(n, merged, module.num_heads, -1).mean((1, 2))[raster]
+        return EncoderTrace(received=received, keys=keys)
+
+
+class Qwen2_5_VL(Backbone):
+    """Qwen2.5-VL, any size; 3-D positions, window-ordered vision tower, no CLS token."""
+
+    model_class = Qwen2_5_VLForConditionalGeneration
+
+    @property
+    def width(self) -> int:
+        return self.model.config.text_config.hidden_size
+
+    @property
+    def _merge(self) -> int:
+        return self.model.config.vision_config.spatial_merge_size
+
+    def _kinds(self, input_ids: Tensor) -> Tensor:
+        """0 for text, 1 for image and 2 for video placeholders; shape of `input_ids`."""
+        config = self.model.config
+        return (input_ids == config.image_token_id).long() + 2 * (input_ids == config.video_token_id).long()
+
+    def _layout(self, inputs: Mapping[str, Any]) -> list[list[tuple[int, int, tuple[int, int, int]]]]:
+        """For each prompt its items in order: (kind, number among all of that kind in the batch, merged grid)."""
+        grids: dict[int, list[tuple[int, int, int]]] = {1: [], 2: []}
+        for kind, name in ((1, "image_grid_thw"), (2, "video_grid_thw")):
+            if inputs.get(name) is not None:
+                grids[kind] = [(t, h // self._merge, w // self._merge) for t, h, w in inputs[name].tolist()]
+        used = {1: 0, 2: 0}
+        rows = []
+        for kinds in self._kinds(inputs["input_ids"]).tolist():
+            visual = [kind for kind in kinds if kind]
+            items, at = [], 0
+            while at < len(visual):
+                kind = visual[at]
+                name = _KIND_NAMES[kind]
+                if used[kind] >= len(grids[kind]):
+                    raise InputError(f"the prompts have placeholders for more {name}s than the {len(grids[kind])} given")
+                grid = grids[kind][used[kind]]
+                size = grid[0] * grid[1] * grid[2]
+                if visual[at : at + size] != [kind] * size:
+                    raise InputError(
+                        f"the placeholders of {name} {used[kind]} do not match its {size} tokens: "
+                        "was the prompt cut after the processor made it?"
+                    )
+                items.append((kind, used[kind], grid))
+                used[kind] += 1
+                at += size
+            rows.append(items)
+        for kind, name in _KIND_NAMES.items():
+            if used[kind] < len(grids[kind]):
+                raise InputError(f"{len(grids[kind])} {name}s were given but the prompts have placeholders for {used[kind]}")
+        return rows
+
+    def visual_totals(self, inputs: Mapping[str, Any]) -> list[int]:
+        return (self._kinds(inputs["input_ids"]) > 0).sum(1).tolist()
+
+    @torch.no_grad()
+    def encode(self, inputs: Mapping[str, Any], needs: frozenset[str] = ALL_TRACES) -> Encoded:
+        inputs = self.to_device(inputs)
+        layout = self._layout(inputs)
+        # Qwen2.5-VL has no CLS token: what asks for it gets None and says so itself.
+        needs = needs & {"received", "keys"}
+        core = self.model.model
+        encoded: dict[int, list[VisualItem]] = {}
+        for kind, pixels, grid_name, features_of in (
+            (1, "pixel_values", "image_grid_thw", core.get_image_features),
+            (2, "pixel_values_videos", "video_grid_thw", core.get_video_features),
+        ):
+            if inputs.get(pixels) is None:
+                continue
+            with self._capture(bool(needs)) as captured:
+                features = features_of(inputs[pixels], inputs[grid_name]).pooler_output
+            encoded[kind] = list(self._items(_KIND_NAMES[kind], features, inputs[grid_name], captured, needs))
+        return Encoded(rows=[[encoded[kind][number] for kind, number, _ in row] for row in layout])
+
+    @contextmanager
+    def _capture(self, wanted: bool) -> Iterator[list[_Captured]]:
+        """Records the input of the last full-attention block's attention while the vision tower runs."""
+        captured: list[_Captured] = []
+        if not wanted:
+            yield captured
+            return
+        visual = self.model.model.visual
+        attention = visual.blocks[max(self.model.config.vision_config.fullatt_block_indexes)].attn
+
+        def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            captured.append(_Captured(module, hidden, kwargs["position_embeddings"]))
+
+        handle = attention.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            yield captured
+        finally:
+            handle.remove()
+
+    def _items(
+        self,
+        kind: Literal["image", "video"],
+        features: Sequence[Tensor],
+        grids: Tensor,
+        captured: list[_Captured],
+        needs: frozenset[str],
+    ) -> Iterator[VisualItem]:
+        vision = self.model.config.vision_config
+        merged, start = self._merge**2, 0
+        for item, (t, h, w) in zip(features, grids.tolist(), strict=True):
+            grid = (t, h // self._merge, w // self._merge)
+            make_trace = None
+            if captured:
+
+                def make_trace(start: int = start, grid: tuple[int, int, int] = grid, thw: tuple = (t, h, w)) -> EncoderTrace:
+                    index, _ = get_vision_window_index(
+                        torch.tensor([thw]), self._merge, vision.window_size, vision.patch_size
+                    )
+                    with torch.no_grad():
+                        return captured[0].trace(start, grid, index.to(self.device), merged, needs)
+
+            yield VisualItem(kind=kind, grid=grid, features=item, make_trace=make_trace)
+            start += t * h * w
+
+    @torch.no_grad()
+    def prompt(self, inputs: Mapping[str, Any], keys: Sequence[str]) -> Prompt:
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        kinds = self._kinds(ids)
+        positions, _ = self.model.model.get_rope_index(
+            ids,
+            mm_token_type_ids=kinds,
+            image_grid_thw=inputs.get("image_grid_thw"),
+            video_grid_thw=inputs.get("video_grid_thw"),
+            second_per_grid_ts=inputs.get("second_per_grid_ts"),
+            attention_mask=mask,
+        )
+        return Prompt(
+            input_ids=ids,
+            embeds=self.model.get_input_embeddings()(ids),
+            attention_mask=mask,
+            position_ids=positions,
+            visual=(kinds > 0) & mask.bool(),
+            question=self._question(ids, kinds, mask),
+            keys=keys,
+        )
+
+    def _question(self, ids: Tensor, kinds: Tensor, mask: Tensor) -> Tensor:
+        """Plain text of the user's turn: from its last picture up to the turn's end; all plain text if that is empty."""
+        special = torch.tensor(sorted(self.processor.tokenizer.all_special_ids), device=ids.device)
+        plain = mask.bool() & (kinds == 0) & ~torch.isin(ids, special)
+        vision_end = self.model.config.vision_end_token_id
+        boundary = (kinds > 0) | (ids == vision_end)
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        last = torch.where(boundary, columns, -1).amax(1, keepdim=True)
+        # The first special token after the last picture's end marker closes the turn.
+        closing = torch.isin(ids, special) & (columns > last)
+        end = torch.where(closing, columns, ids.shape[1]).amin(1, keepdim=True)
+        question = plain & (columns > last) & (columns < end)
+        return torch.where(question.any(1, keepdim=True), question, plain)
+
+    def resize(self, inputs: Mapping[str, Any], compressor: Compressor, budget: Budget) -> dict[str, Any]:
+        if not isinstance(compressor, Downsample):
+            raise InputError(f"method '{compressor.name}' has stage 'pixels' but is not the down-sampling control")
+        layout = self._layout(inputs)
+        sizes: dict[int, list[tuple[int, int]]] = {1: [], 2: []}
+        for row in layout:
+            for kind, _, (t, h, w) in row:
+                count = compressor.count(t * h * w, budget)
+                sizes[kind].append(compressor.size(h, w, max(1, count // t)))
+        shorter = dict(inputs)
+        for kind, pixels, grid_name in (
+            (1, "pixel_values", "image_grid_thw"),
+            (2, "pixel_values_videos", "video_grid_thw"),
+        ):
+            if inputs.get(pixels) is not None:
+                shorter[pixels], shorter[grid_name] = self._lower_pixels(inputs[pixels], inputs[grid_name], sizes[kind])
+
+        rows = []
+        for row, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
+            ids = ids[mask.bool()]
+            kinds = self._kinds(ids)
+            keep = kinds == 0
+            places, at = kinds.nonzero().squeeze(1), 0
+            for kind, number, (t, h, w) in layout[row]:
+                new_h, new_w = sizes[kind][number]
+                keep[places[at : at + t * new_h * new_w]] = True
+                at += t * h * w
+            rows.append(ids[keep])
+        size = max(len(row) for row in rows)
+        pad = self.processor.tokenizer.pad_token_id
+        shorter["input_ids"] = torch.stack([F.pad(row, (size - len(row), 0), value=pad) for row in rows])
+        shorter["attention_mask"] = torch.stack([F.pad(torch.ones_like(row), (size - len(row), 0)) for row in rows])
+        shorter.pop("mm_token_type_ids", None)
+        return shorter
+
+    def _lower_pixels(self, pixels: Tensor, grids: Tensor, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Flattened patches of each item, made again from its frames at another size (bicubic, anti-aliased).
+
+        Parameters
+        ----------
+        pixels: (P, C * T * p * p) as the processor returns them. grids: (items, 3) in patches. sizes: merged (h, w).
+        """
+        vision, m = self.model.config.vision_config, self._merge
+        p, temporal, channels = vision.patch_size, vision.temporal_patch_size, vision.in_channels
+        patches, new_grids, start = [], [], 0
+        for (t, h, w), (new_h, new_w) in zip(grids.tolist(), sizes, strict=True):
+            item = pixels[start : start + t * h * w].float()
+            start += t * h * w
+            # Patches stand as (t, h/m, w/m, m, m, C, T, p, p): merged windows first, then the patches inside one.
+            frames = item.view(t, h // m, w // m, m, m, channels, temporal, p, p).permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
+            frames = frames.reshape(t * temporal, channels, h * p, w * p)
+            low, high = frames.amin((0, 2, 3), keepdim=True), frames.amax((0, 2, 3), keepdim=True)
+            size = (new_h * m * p, new_w * m * p)
+            smaller = F.interpolate(frames, size=size, mode="bicubic", antialias=True, align_corners=False)
+            smaller = smaller.clamp(low, high)  # bicubic overshoots at edges; 8-bit resizing clips there too
+            smaller = smaller.view(t, temporal, channels, new_h, m, p, new_w, m, p).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+            patches.append(smaller.reshape(t * new_h * m * new_w * m, -1).to(pixels.dtype))
+            new_grids.append((t, new_h * m, new_w * m))
+        return torch.cat(patches), torch.tensor(new_grids, device=grids.device, dtype=grids.dtype)
+
+    def run_llm(self, compressed: CompressedPrompt) -> tuple[Tensor, Tensor, list[int]]:
+        language_model = self.model.model.language_model
+        hidden = language_model(
+            inputs_embeds=compressed.embeds,
+            attention_mask=compressed.attention_mask,
+            position_ids=_four_rows(compressed),
+            use_cache=False,
+        ).last_hidden_state
+        lengths = [compressed.embeds.shape[1]] * len(language_model.layers)
+        return hidden, self.model.lm_head(hidden[:, -1]), lengths
+
+    def run_generate(self, compressed: CompressedPrompt, **generation: Any) -> LongTensor:
+        # input_ids go along so that a repetition penalty sees the prompt, as it does in the stock model; they must come
+        # before position_ids, whose first dimension would else be taken for the batch size.
+        output = self.model.generate(
+            input_ids=compressed.input_ids,
+            inputs_embeds=compressed.embeds,
+            attention_mask=compressed.attention_mask,
+            position_ids=_four_rows(compressed),
+            **generation,
+        )
+        return output[:, compressed.input_ids.shape[1] :]
+
+
+_KIND_NAMES: dict[int, Literal["image", "video"]] = {1: "image", 2: "video"}
+
+
+def _four_rows(compressed: CompressedPrompt) -> Tensor:
+    """(4, B, S'): plain positions for the mask, then the 3-D positions, as transformers expects them."""
+    plain = (compressed.attention_mask.cumsum(-1) - 1).clamp_min(0)
+    return torch.cat([plain[None], compressed.position_ids])

@@ -1,0 +1,205 @@
+"""The lmms-eval chat models: a backbone with a compressor, found by the stock `lmms-eval` command through our entry point."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval import utils
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from lmms_eval.protocol import ChatMessages
+from tqdm import tqdm
+
+from visionselector_eval.baselines import build, parse_budget
+from visionselector_eval.baselines.base import InputError
+
+from .answering import Answer, Answerer, Request, Setting
+from .backbones.base import Backbone
+from .inputs import MediaSettings
+from .loading import load_backbone
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class VisualTokenCounts(TokenCounts):
+    """Token counts of one sample, with its visual tokens as they really entered the LLM.
+
+    Attributes
+    ----------
+    visual_tokens_kept, visual_tokens_total: after and before compression.
+    """
+
+    visual_tokens_kept: int | None = None
+    visual_tokens_total: int | None = None
+
+    def to_dict(self) -> dict[str, int | None]:
+        return {
+            **super().to_dict(),
+            "visual_tokens_kept": self.visual_tokens_kept,
+            "visual_tokens_total": self.visual_tokens_total,
+        }
+
+
+def stop_strings(until: Any) -> tuple[str, ...]:
+    """The task's `until` as a tuple: tasks give nothing, a string or a list of strings."""
+    if until is None:
+        return ()
+    return (until,) if isinstance(until, str) else tuple(str(stop) for stop in until)
+
+
+def to_request(key: str, to_messages: Callable[[], Any], generation: dict[str, Any]) -> Request:
+    """A request of ours from what an lmms-eval chat task gives.
+
+    Parameters
+    ----------
+    key: names the document.
+    to_messages: gives the task's chat messages (lmms-eval protocol) when they are needed.
+    generation: the task's generation settings, `until` among them.
+    """
+    generation = dict(generation)
+    until = stop_strings(generation.pop("until", None))
+
+    def messages() -> list[dict[str, Any]]:
+        return ChatMessages(messages=to_messages()).to_hf_messages()
+
+    return Request(key=key, messages=messages, generation=generation, until=until)
+
+
+class VisionSelectorQwen2_5_VL(lmms):
+    """`visionselector_qwen2_5_vl`: Qwen2.5-VL whose visual tokens a compressor reduces.
+
+    Parameters (`--model_args name=value,...`)
+    ----------
+    pretrained: folder or hub id; `tiny` is the embedded checkpoint. revision: on the hub.
+    method, budget: a compressor of `visionselector-eval list` and the share of visual tokens to keep (0.2, 20%, 64tok).
+    device, dtype, attn_implementation: as for `load_backbone`, `auto` by default.
+    batch_size: samples answered together.
+    min_pixels, max_pixels, video_min_pixels, video_max_pixels, max_num_frames, fps, system_prompt: see `MediaSettings`;
+        the defaults are the published protocol's (METHODS 4.1).
+    backbone: (from Python) a loaded backbone to share between settings instead of `pretrained`.
+    options: everything else goes to the compressor (upstream_exact=True, scorer=FOLDER, seed=1, ...).
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str = "Qwen/Qwen2.5-VL-3B-Instruct",
+        method: str = "full",
+        budget: float | str = 1.0,
+        device: str = "auto",
+        dtype: str = "auto",
+        attn_implementation: str = "auto",
+        batch_size: int | str = 1,
+        revision: str | None = None,
+        min_pixels: int | None = 256 * 28 * 28,
+        max_pixels: int | None = 1605632,
+        video_min_pixels: int | None = 256 * 28 * 28,
+        video_max_pixels: int | None = 768 * 28 * 28,
+        max_num_frames: int = 32,
+        fps: float | None = None,
+        system_prompt: str | None = None,
+        backbone: Backbone | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.setting = Setting(build(method, **options), parse_budget(budget))
+        self.batch_size = int(batch_size) if str(batch_size).isdigit() else 0
+        if self.batch_size < 1:
+            raise InputError(f"batch_size={batch_size!r} is not usable: give a whole number of at least 1")
+        media = MediaSettings(
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            video_min_pixels=video_min_pixels,
+            video_max_pixels=video_max_pixels,
+            max_num_frames=max_num_frames,
+            fps=fps,
+            system_prompt=system_prompt,
+        )
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if self._world_size > 1 and torch.cuda.is_available():
+            device = f"cuda:{self.accelerator.local_process_index}"
+        if backbone is None:
+            backbone = load_backbone(pretrained, device, dtype, attn_implementation, revision=revision)
+        backbone.bind(self.setting.compressor)  # a method that does not fit is refused before any document is read
+        self.answerer = Answerer(backbone, media)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return self.answerer.backbone.device
+
+    def clean(self) -> None:
+        """Keep the model: one loaded model serves several `simple_evaluate` calls."""
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answer lmms-eval's requests, batched where their generation settings are equal, in their own order."""
+        order = utils.Collator(
+            [request.args for request in requests],
+            lambda args: (args[4], args[3]),  # by task and document: batches do not depend on the order of requests
+            group_fn=lambda args: args[2],
+            grouping=True,
+        )
+        results: list[GenerationResult] = []
+        answers: list[Answer] = []
+        started = time.perf_counter()
+        bar = tqdm(total=len(requests), disable=self.rank != 0, desc=f"{self.setting.compressor.name}@{self.setting.budget}")
+        for chunk in order.get_batched(n=self.batch_size, batch_fn=None):
+            batch = [self._request(args) for args in chunk]
+            prepared = self.answerer.prepare(batch, [self.setting])
+            for answer in self.answerer.answer(prepared, self.setting):
+                answers.append(answer)
+                results.append(
+                    GenerationResult(
+                        text=answer.text,
+                        token_counts=VisualTokenCounts(
+                            input_tokens=answer.prompt_tokens,
+                            output_tokens=answer.new_tokens,
+                            visual_tokens_kept=answer.kept_tokens,
+                            visual_tokens_total=answer.total_tokens,
+                        ),
+                    )
+                )
+            for args, result in zip(chunk, results[-len(chunk) :], strict=True):
+                self.cache_hook.add_partial("generate_until", (args[0], args[2]), result.text)
+            bar.update(len(chunk))
+        bar.close()
+        self._log(answers, time.perf_counter() - started)
+        return order.get_original(results)
+
+    def _request(self, args: Sequence[Any]) -> Request:
+        _, to_messages, generation, doc_id, task, split = args
+        return to_request(f"{task}/{doc_id}", lambda: to_messages(self.task_dict[task][split][doc_id]), generation)
+
+    def _log(self, answers: Sequence[Answer], elapsed: float) -> None:
+        new = sum(a.new_tokens for a in answers)
+        n = max(1, len(answers))
+        log_metrics(
+            total_gen_tokens=new,
+            total_elapsed_time=elapsed,
+            avg_speed=new / elapsed if elapsed > 0 else 0.0,
+            additional_metrics={
+                "rank": self.rank,
+                "visual_tokens_kept": sum(a.kept_tokens for a in answers) / n,
+                "visual_tokens_total": sum(a.total_tokens for a in answers) / n,
+            },
+        )
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Not offered: compression is measured on generated answers, as in all published tables."""
+        raise InputError("this model answers by generation: tasks with output_type loglikelihood can't be run with it")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not offered: a second round would need the dropped tokens of the first."""
+        raise InputError("this model answers in one round: tasks with output_type generate_until_multi_round can't be run")
+
+

@@ -1,0 +1,269 @@
+"""Load a backbone from a folder or a hub id, with every failure of the checkpoint as one clear line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoProcessor
+from transformers.utils import cached_file, is_flash_attn_2_available
+from transformers.utils import logging as hf_logging
+
+from visionselector_eval.baselines.base import InputError, unknown
+
+from .backbones import ADAPTERS
+from .tiny import TINY, checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .backbones.base import Backbone
+
+log = logging.getLogger(__name__)
+
+ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(device: str) -> str:
+    """`auto` becomes the first CUDA device where there is one, else the CPU.
+
+    Raises
+    ------
+    InputError: for a device that is not there.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device '{device}' is not one: give auto, cpu, cuda or cuda:0") from None
+    if kind.type == "cuda" and (not torch.cuda.is_available() or (kind.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"device '{device}' is not here: {torch.cuda.device_count()} CUDA devices found, try device=cpu")
+    return device
+
+
+def choose_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
+    """`auto` becomes bfloat16 on CUDA and float32 on the CPU."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.bfloat16 if device.startswith("cuda") else torch.float32
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, ["auto", *DTYPES])
+    return DTYPES[dtype]
+
+
+def choose_attention(name: str, device: str, dtype: torch.dtype) -> str:
+    """`auto` becomes flash_attention_2 where it is installed and the device is CUDA, else sdpa.
+
+    Raises
+    ------
+    InputError: unknown name, or flash_attention_2 where it can't run (says what to install).
+    """
+    if name not in ATTENTION:
+        raise unknown("attn_implementation", name, ATTENTION)
+    usable = device.startswith("cuda") and dtype != torch.float32 and is_flash_attn_2_available()
+    if name == "auto":
+        return "flash_attention_2" if usable else "sdpa"
+    if name == "flash_attention_2" and not usable:
+        if not device.startswith("cuda"):
+            why = f"it needs a CUDA device and the device is '{device}'"
+        elif dtype == torch.float32:
+            why = "it needs dtype bfloat16 or float16"
+        else:
+            why = "flash-attn is not installed: pip install 'visionselector-eval[flash]'"
+        raise InputError(f"attn_implementation=flash_attention_2 can't be used: {why}; or use auto, sdpa or eager")
+    return name
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+@contextmanager
+def _readable_failures(source: str, what: str) -> Iterator[None]:
+    """Anything that goes wrong while a user's checkpoint is read is about that checkpoint: one line, no traceback."""
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        log.debug("reading %s failed", source, exc_info=True)
+        raise InputError(f"{what} of '{source}' can't be read: {_one_line(error)}") from error
+
+
+def _locate(source: str) -> str:
+    """`source` as transformers takes it: the embedded checkpoint's folder, a local folder or a hub id."""
+    if source == TINY:
+        return str(checkpoint())
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"'{source}' is a folder without config.json: give the folder of a transformers checkpoint")
+        return str(path)
+    looks_local = source.startswith((".", "~", os.sep)) or source.count("/") > 1 or path.exists()
+    if looks_local:
+        raise InputError(f"no checkpoint folder at '{source}': give a folder with config.json, a hub id, or '{TINY}'")
+    return source
+
+
+def _config(source: str, located: str, revision: str | None) -> Any:
+    try:
+        return AutoConfig.from_pretrained(located, revision=revision)
+    except OSError as error:
+        if Path(located).is_dir():
+            raise InputError(f"config.json of '{source}' can't be read: {_one_line(error)}") from error
+        offline = " (offline mode is on: HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise InputError(
+            f"'{source}' is neither a local folder nor a checkpoint that the hub gave{offline}: check the spelling, "
+            "your access to it, or download it and give the folder"
+        ) from error
+    except Exception as error:
+        raise InputError(f"config.json of '{source}' can't be read: {_one_line(error)}") from error
+
+
+def _weight_files(located: str, revision: str | None) -> dict[str, list[str]]:
+    """File -> names of the tensors in it, as they stand in the file; single or sharded safetensors, local or cached."""
+
+    def find(name: str) -> str | None:
+        return cached_file(located, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+    if index := find("model.safetensors.index.json"):
+        files: dict[str, list[str]] = {}
+        for name, file in json.loads(Path(index).read_text())["weight_map"].items():
+            files.setdefault(file, []).append(name)
+        return {path: names for file, names in files.items() if (path := find(file)) is not None}
+    if single := find("model.safetensors"):
+        with safe_open(single, framework="pt") as tensors:
+            return {single: list(tensors.keys())}
+    return {}
+
+
+def _extra_weights(located: str, revision: str | None, unexpected: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors that the architecture has no place for, by their name in the file.
+
+    transformers reports them under names of its own layout (`model.visual...`), the file of a released checkpoint has
+    the layout of transformers 4 (`visual...`): a name fits where it is the other's tail.
+    """
+    names = list(unexpected)
+    if not names:
+        return {}
+    extra: dict[str, Tensor] = {}
+    for file, keys in _weight_files(located, revision).items():
+        wanted = [k for k in keys if any(u == k or u.endswith("." + k) or k.endswith("." + u) for u in names)]
+        if wanted:
+            with safe_open(file, framework="pt") as tensors:
+                extra.update({k: tensors.get_tensor(k) for k in wanted})
+    return extra
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Hash that changes when a checkpoint folder does: names, sizes and contents; of large files the first and last MiB."""
+    digest = hashlib.sha256()
+    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix in {".json", ".safetensors", ".jinja", ".txt"}):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)}:{size}:".encode())
+        with file.open("rb") as stream:
+            if size <= 64 << 20:
+                digest.update(stream.read())
+            else:
+                digest.update(stream.read(1 << 20))
+                stream.seek(-(1 << 20), os.SEEK_END)
+                digest.update(stream.read())
+    return digest.hexdigest()[:16]
+
+
+def checkpoint_revision(source: str, revision: str | None = None) -> str:
+    """What names the exact weights of `source`: the hub's commit, or `folder_fingerprint` of a local folder."""
+    located = _locate(source)
+    config = _config(source, located, revision)
+    return getattr(config, "_commit_hash", None) or folder_fingerprint(Path(located))
+
+
+@contextmanager
+def _quiet_report() -> Iterator[None]:
+    """transformers prints a table of unexpected keys; a scorer beside the backbone is expected, the rest we report."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+
+
+def load_backbone(
+    path_or_hub_id: str | os.PathLike[str],
+    device: str = "cpu",
+    dtype: str | torch.dtype = "float32",
+    attn_implementation: str = "sdpa",
+    *,
+    revision: str | None = None,
+) -> Backbone:
+    """Load a multimodal LLM behind its family's adapter.
+
+    Parameters
+    ----------
+    path_or_hub_id: folder, hub id, or `tiny` for the embedded checkpoint. A released VisionSelector checkpoint (the
+        backbone's state dict with `visual.importance_scorer.*` beside it) loads as it is.
+    device: `cpu`, `cuda`, `cuda:1`, or `auto`.
+    dtype: `float32`, `bfloat16`, `float16`, `auto` (bfloat16 on CUDA, else float32), or a torch dtype.
+    attn_implementation: `sdpa`, `eager`, `flash_attention_2`, or `auto` (flash where installed and on CUDA, else sdpa).
+    revision: branch, tag or commit on the hub.
+
+    Raises
+    ------
+    InputError: missing or truncated checkpoint, unknown family, unusable device, dtype or attention; one line each.
+    """
+    source = os.fspath(path_or_hub_id)
+    device = choose_device(device)
+    torch_dtype = choose_dtype(dtype, device)
+    attention = choose_attention(attn_implementation, device, torch_dtype)
+    located = _locate(source)
+    config = _config(source, located, revision)
+    if config.model_type not in ADAPTERS:
+        raise InputError(
+            f"checkpoint '{source}' is of family '{config.model_type}', which has no adapter here: "
+            f"available: {', '.join(sorted(ADAPTERS))}"
+        )
+    module, _, name = ADAPTERS[config.model_type].partition(":")
+    adapter = getattr(import_module(module), name)
+    with _readable_failures(source, "processor"):
+        processor = AutoProcessor.from_pretrained(located, revision=revision)
+    with _readable_failures(source, "weights"), _quiet_report():
+        model, info = adapter.model_class.from_pretrained(
+            located,
+            config=config,
+            revision=revision,
+            dtype=torch_dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+        )
+    missing = sorted(info["missing_keys"])
+    if missing or info.get("mismatched_keys"):
+        broken = missing or sorted(str(key) for key in info["mismatched_keys"])
+        raise InputError(
+            f"weights of '{source}' are incomplete: {len(broken)} tensors missing or of another shape, first '{broken[0]}'; "
+            "download the checkpoint again"
+        )
+    with _readable_failures(source, "weights"):
+        extra = _extra_weights(located, revision, info["unexpected_keys"])
+    if foreign := [k for k in extra if "importance_scorer" not in k]:
+        log.warning("%s holds %d tensors that its family has no place for, first '%s'", source, len(foreign), foreign[0])
+    return adapter(
+        model.to(device),
+        processor,
+        id=source,
+        revision=getattr(config, "_commit_hash", None) or folder_fingerprint(Path(located)),
+        extra_weights=extra,
+    )

@@ -1,0 +1,225 @@
+"""From a compressor's selections to a shorter prompt: scopes, gathering, padding and positions, for any backbone.
+
+This is where hand-made ports go wrong (text lost between two images, features on the wrong positions, batch 1 only), so
+it is written once. Nothing here knows a model family: an adapter says where the visual tokens stand and which positions
+they have, a compressor says which of them stay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from visionselector_eval.baselines.base import (
+    Budget,
+    Compressor,
+    EncoderTrace,
+    InputError,
+    Selection,
+    Share,
+    VisualTokens,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import LongTensor, Tensor
+
+
+@dataclass(eq=False)
+class VisualItem:
+    """One image or video of a prompt, encoded.
+
+    Attributes
+    ----------
+    kind: "image" or "video".
+    grid: merged (t, h, w); N = t*h*w.
+    features: (N, D), raster order.
+    make_trace: computes what the encoder knows about its own attention, at first use; None if it was not captured.
+    """
+
+    kind: Literal["image", "video"]
+    grid: tuple[int, int, int]
+    features: Tensor
+    make_trace: Callable[[], EncoderTrace] | None = None
+
+    @cached_property
+    def trace(self) -> EncoderTrace:
+        """Computed once, whatever the number of methods and budgets that ask."""
+        return self.make_trace() if self.make_trace is not None else EncoderTrace()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The vision features of a batch of prompts: for each prompt its images and videos in prompt order."""
+
+    rows: Sequence[Sequence[VisualItem]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A batch of full-length prompts, left-padded, as the LLM would see it without compression.
+
+    Attributes
+    ----------
+    input_ids: (B, S) int64.
+    embeds: (B, S, D) text embeddings; the rows of visual placeholders are overwritten.
+    attention_mask: (B, S) int64, 0 on padding.
+    position_ids: (P, B, S) int64, P = 3 for 3-D positions, 1 for 1-D.
+    visual: (B, S) bool, placeholders of visual tokens.
+    question: (B, S) bool, tokens of the question (for compressors that need the text).
+    keys: a name for each prompt, for seeded methods.
+    """
+
+    input_ids: LongTensor
+    embeds: Tensor
+    attention_mask: Tensor
+    position_ids: LongTensor
+    visual: Tensor
+    question: Tensor
+    keys: Sequence[str]
+
+
+@dataclass(frozen=True)
+class CompressedPrompt:
+    """A batch of prompts without the dropped visual tokens, left-padded again, ready for the LLM.
+
+    Attributes
+    ----------
+    input_ids, attention_mask: (B, S') int64. embeds: (B, S', D). position_ids: (P, B, S'), original positions.
+    kept: for each prompt the kept visual indices, ascending, on the CPU; 0 is the first visual token of that prompt.
+    totals: for each prompt its visual tokens before compression.
+    scores: for each prompt (N,) float or None.
+    """
+
+    input_ids: LongTensor
+    embeds: Tensor
+    attention_mask: Tensor
+    position_ids: LongTensor
+    kept: list[LongTensor]
+    totals: list[int]
+    scores: list[Tensor | None]
+
+
+def prompt_key(ids: LongTensor) -> str:
+    """A name for a prompt that nobody named: a hash of its token ids (without padding)."""
+    return hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _cat_traces(traces: Sequence[EncoderTrace]) -> EncoderTrace:
+    def cat(name: str) -> Tensor | None:
+        parts = [getattr(t, name) for t in traces]
+        return None if any(p is None for p in parts) else torch.cat(parts)
+
+    return EncoderTrace(received=cat("received"), keys=cat("keys"), cls=cat("cls"))
+
+
+def _scopes(items: Sequence[VisualItem], compressor: Compressor, text: Tensor | None, key: str) -> list[VisualTokens]:
+    """The scopes that `compressor` sees of one prompt: each image or video, or everything together."""
+    wants_trace = bool(compressor.needs & {"received", "keys", "cls"})
+    groups = [[item] for item in items] if compressor.scope == "item" else [list(items)]
+    scopes = []
+    for number, group in enumerate(groups):
+        features = group[0].features if len(group) == 1 else torch.cat([item.features for item in group])
+        scopes.append(
+            VisualTokens(
+                features=features,
+                grid=group[0].grid if len(group) == 1 else (1, 1, features.shape[0]),
+                trace=_cat_traces([item.trace for item in group]) if wants_trace else None,
+                text=text if "text" in compressor.needs else None,
+                key=f"{key}/{number}",
+            )
+        )
+    return scopes
+
+
+def select(tokens: VisualTokens, compressor: Compressor, budget: Budget) -> Selection:
+    """`compressor`'s selection of one scope, checked. A budget that keeps everything never reaches the compressor."""
+    n = tokens.features.shape[0]
+    count = n if budget == Share(1.0) else compressor.count(n, budget)
+    if not 1 <= count <= n:
+        raise InputError(f"method '{compressor.name}' asks for {count} of {n} tokens: its count() must give 1..{n}")
+    if count == n:
+        return Selection(kept=torch.arange(n, device=tokens.features.device))  # type: ignore[arg-type]
+    selection = compressor.compress(tokens, count)
+    kept = selection.kept
+    if kept.dtype != torch.int64 or kept.shape != (count,):
+        raise InputError(
+            f"method '{compressor.name}' returned {tuple(kept.shape)} indices of {kept.dtype}: "
+            f"{count} ascending int64 indices are needed"
+        )
+    if selection.features is not None and selection.features.shape != (count, tokens.features.shape[1]):
+        raise InputError(
+            f"method '{compressor.name}' returned features of shape {tuple(selection.features.shape)}: "
+            f"one row for each of its {count} kept tokens is needed"
+        )
+    return selection
+
+
+def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Budget) -> CompressedPrompt:
+    """Drop the visual tokens that `compressor` does not keep; text is never dropped, kept tokens keep their positions.
+
+    Raises
+    ------
+    InputError: where visual placeholders and encoded features do not match, or the compressor broke its contract.
+    """
+    device = prompt.embeds.device
+    keep = prompt.attention_mask.bool() & ~prompt.visual
+    embeds = prompt.embeds.clone()
+    kept_rows: list[LongTensor] = []
+    totals: list[int] = []
+    scores: list[Tensor | None] = []
+    for row, items in enumerate(encoded.rows):
+        total = sum(item.features.shape[0] for item in items)
+        places = prompt.visual[row].nonzero().squeeze(1)
+        if len(places) != total:
+            raise InputError(f"prompt {row} has {len(places)} visual placeholders but {total} visual features")
+        totals.append(total)
+        if not items:
+            kept_rows.append(torch.empty(0, dtype=torch.int64))  # type: ignore[arg-type]
+            scores.append(None)
+            continue
+        text = prompt.embeds[row][prompt.question[row]] if "text" in compressor.needs else None
+        scopes = _scopes(items, compressor, text, prompt.keys[row])
+        selections = [select(scope, compressor, budget) for scope in scopes]
+        offset, kept, features = 0, [], []
+        for scope, selection in zip(scopes, selections, strict=True):
+            chosen = selection.kept.to(device)
+            kept.append(chosen + offset)
+            features.append(scope.features[chosen] if selection.features is None else selection.features)
+            offset += scope.features.shape[0]
+        index = torch.cat(kept)
+        on_cpu = index.cpu()
+        if len(on_cpu) and (int(on_cpu[0]) < 0 or int(on_cpu[-1]) >= total or bool((on_cpu.diff() <= 0).any())):
+            raise InputError(f"method '{compressor.name}' returned indices that are not ascending, unique and in range")
+        keep[row, places[index]] = True
+        embeds[row, places[index]] = torch.cat(features).to(embeds.dtype)
+        kept_rows.append(on_cpu)  # type: ignore[arg-type]
+        has_scores = all(s.scores is not None for s in selections)
+        scores.append(torch.cat([s.scores for s in selections if s.scores is not None]) if has_scores else None)
+
+    # Left-padding again: the i-th kept token of a row of n goes to column S' - n + i.
+    lengths = keep.sum(1)
+    size = int(lengths.max())
+    source = torch.zeros(keep.shape[0], size, dtype=torch.int64, device=device)
+    mask = torch.arange(size, device=device)[None] >= (size - lengths)[:, None]
+    source[mask] = keep.nonzero()[:, 1]
+
+    def gather(tensor: Tensor) -> Tensor:
+        return tensor.gather(1, source).masked_fill(~mask, 0)
+
+    pad_ids = torch.where(mask, prompt.input_ids.gather(1, source), prompt.input_ids[:, :1])
+    return CompressedPrompt(
+        input_ids=pad_ids,  # type: ignore[arg-type]
+        embeds=embeds.gather(1, source[..., None].expand(-1, -1, embeds.shape[-1])).masked_fill(~mask[..., None], 0),
+        attention_mask=mask.to(prompt.attention_mask.dtype),
+        position_ids=torch.stack([gather(p) for p in prompt.position_ids]),  # type: ignore[arg-type]
+        kept=kept_rows,
+        totals=totals,
+        scores=scores,
+    )
