@@ -1,23 +1,30 @@
-"""Compressors: the contract, the registry and one file for each baseline method."""
+"""Compressors: the contract, the registry and one file for each baseline method. Names are loaded at first use."""
 
 from __future__ import annotations
 
-from .base import (
-    Budget,
-    Compressor,
-    EncoderTrace,
-    Host,
-    InputError,
-    ScoreCompressor,
-    Selection,
-    Share,
-    Tokens,
-    VisualTokens,
-    as_compressor,
-    parse_budget,
-    top_k,
-)
-from .registry import available, build
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .base import (
+        Compressor,
+        EncoderTrace,
+        Host,
+        ScoreCompressor,
+        Selection,
+        VisualTokens,
+        as_compressor,
+        top_k,
+    )
+    from .budget import Budget, Share, Tokens, parse_budget
+    from .errors import InputError
+    from .registry import available, build
+
+_HOME = {
+    **dict.fromkeys(("Budget", "Share", "Tokens", "parse_budget"), "budget"),
+    "InputError": "errors",
+    **dict.fromkeys(("available", "build"), "registry"),
+}
 
 __all__ = [
     "Budget",
@@ -36,3 +43,10 @@ __all__ = [
     "parse_budget",
     "top_k",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Budgets, errors and names are asked for by commands that should not wait for torch (report, --help).
+    if name in __all__:
+        return getattr(import_module(f".{_HOME.get(name, 'base')}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

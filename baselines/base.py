@@ -242,7 +242,8 @@ def as_compressor(value: Any) -> Compressor:
     """
     if isinstance(value, Compressor):
         return value
-    if callable(getattr(value, "compress", None)) and isinstance(getattr(value, "name", None), str):
+    looks_right = callable(getattr(value, "compress", None)) and isinstance(getattr(value, "name", None), str)
+    if looks_right and not isinstance(value, type):  # a class: its compress would lack the instance
         return _Adapted(wrapped=value)
     raise InputError(
         f"{value!r} is not a compressor: give what build('NAME') returns, or an object with a `name` and a "

@@ -52,4 +52,6 @@ class Downsample(Compressor):
         return h, w
 
     def compress(self, tokens: VisualTokens, count: int) -> Selection:
-        raise InputError("downsample acts on pixels, before there are visual tokens: it can't be stacked or called here")
+        raise InputError(
+            "downsample acts on pixels, before there are visual tokens: it can't be stacked or called here"
+        )

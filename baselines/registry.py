@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .base import Compressor, as_compressor
 from .errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from .base import Compressor
 
 log = logging.getLogger(__name__)
 
@@ -131,4 +133,6 @@ def build(name: str, **options: Any) -> Compressor:
     ------
     InputError: unknown method or option (the message names the near match), or an option's value that cannot be used.
     """
+    from .base import as_compressor  # brings torch, which names alone do not need
+
     return as_compressor(compressor_class(name)(**resolve_options(name, options)))

@@ -12,29 +12,12 @@ import torch
 from visionselector_eval.baselines.base import Budget, Compressor
 
 from .backbones.base import ALL_TRACES, Backbone
+from .generation import cut, generation_arguments
 from .inputs import MediaSettings, build_inputs
 from .splice import CompressedPrompt, Encoded
 
 if TYPE_CHECKING:
     from torch import LongTensor
-
-# What a task may say about generation and transformers understands; tasks also carry keys of other model families.
-_GENERATION = frozenset(
-    {
-        "do_sample",
-        "length_penalty",
-        "max_new_tokens",
-        "min_new_tokens",
-        "min_p",
-        "no_repeat_ngram_size",
-        "num_beams",
-        "repetition_penalty",
-        "temperature",
-        "top_k",
-        "top_p",
-    }
-)
-DEFAULT_MAX_NEW_TOKENS = 128  # lmms-eval's qwen2_5_vl, for tasks that say nothing (textvqa_val)
 
 
 @dataclass(frozen=True)
@@ -88,27 +71,6 @@ class PreparedBatch:
     requests: Sequence[Request]
     inputs: Mapping[str, Any]
     encoded: Encoded
-
-
-def generation_arguments(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's generation settings as transformers' `generate` takes them; temperature 0 or none means greedy."""
-    arguments = {k: v for k, v in generation.items() if k in _GENERATION and v is not None}
-    arguments.setdefault("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
-    arguments.setdefault("num_beams", 1)
-    if float(arguments.get("temperature", 0.0)) > 0:
-        arguments["do_sample"] = True
-    else:
-        # None takes the checkpoint's own sampling values away, which transformers else warns about.
-        arguments.update(do_sample=False, temperature=None, top_p=None, top_k=None)
-    return arguments
-
-
-def cut(text: str, until: Sequence[str]) -> str:
-    """`text` up to the first of the stop strings."""
-    for stop in until:
-        if stop:
-            text = text.split(stop, 1)[0]
-    return text
 
 
 class Answerer:

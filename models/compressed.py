@@ -152,7 +152,9 @@ class VisionSelectorQwen2_5_VL(lmms):
         results: list[GenerationResult] = []
         answers: list[Answer] = []
         started = time.perf_counter()
-        bar = tqdm(total=len(requests), disable=self.rank != 0, desc=f"{self.setting.compressor.name}@{self.setting.budget}")
+        bar = tqdm(
+            total=len(requests), disable=self.rank != 0, desc=f"{self.setting.compressor.name}@{self.setting.budget}"
+        )
         for chunk in order.get_batched(n=self.batch_size, batch_fn=None):
             batch = [self._request(args) for args in chunk]
             prepared = self.answerer.prepare(batch, [self.setting])
@@ -200,6 +202,6 @@ class VisionSelectorQwen2_5_VL(lmms):
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not offered: a second round would need the dropped tokens of the first."""
-        raise InputError("this model answers in one round: tasks with output_type generate_until_multi_round can't be run")
-
-
+        raise InputError(
+            "this model answers in one round: tasks with output_type generate_until_multi_round can't be run"
+        )

@@ -90,7 +90,9 @@ def read_video(path: str | Path, settings: MediaSettings) -> tuple[np.ndarray, d
                 if number >= indices[-1]:
                     break
     except (av.FFmpegError, IndexError, ValueError) as error:
-        raise InputError(f"video '{path}' can't be decoded: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        raise InputError(
+            f"video '{path}' can't be decoded: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
     if not frames:
         raise InputError(f"video '{path}' has no frames")
     shown = [i for i in indices if i in frames]  # a file may hold fewer frames than its header says
@@ -115,10 +117,14 @@ def read_image(value: Any) -> Image.Image:
     except FileNotFoundError:
         raise InputError(f"image '{value}' is not there") from None
     except Exception as error:
-        raise InputError(f"image '{value}' can't be read: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        raise InputError(
+            f"image '{value}' can't be read: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
 
 
-def build_inputs(processor: Any, conversations: Sequence[Sequence[Mapping[str, Any]]], settings: MediaSettings) -> dict[str, Any]:
+def build_inputs(
+    processor: Any, conversations: Sequence[Sequence[Mapping[str, Any]]], settings: MediaSettings
+) -> dict[str, Any]:
     """Tokenise a batch of conversations with their pictures and videos.
 
     Parameters

@@ -48,7 +48,9 @@ def choose_device(device: str) -> str:
     except RuntimeError:
         raise InputError(f"device '{device}' is not one: give auto, cpu, cuda or cuda:0") from None
     if kind.type == "cuda" and (not torch.cuda.is_available() or (kind.index or 0) >= torch.cuda.device_count()):
-        raise InputError(f"device '{device}' is not here: {torch.cuda.device_count()} CUDA devices found, try device=cpu")
+        raise InputError(
+            f"device '{device}' is not here: {torch.cuda.device_count()} CUDA devices found, try device=cpu"
+        )
     return device
 
 
@@ -110,7 +112,9 @@ def _locate(source: str) -> str:
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(f"'{source}' is a folder without config.json: give the folder of a transformers checkpoint")
+            raise InputError(
+                f"'{source}' is a folder without config.json: give the folder of a transformers checkpoint"
+            )
         return str(path)
     looks_local = source.startswith((".", "~", os.sep)) or source.count("/") > 1 or path.exists()
     if looks_local:
@@ -171,7 +175,9 @@ def _extra_weights(located: str, revision: str | None, unexpected: Iterable[str]
 def folder_fingerprint(folder: Path) -> str:
     """Hash that changes when a checkpoint folder does: names, sizes and contents; of large files the first and last MiB."""
     digest = hashlib.sha256()
-    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix in {".json", ".safetensors", ".jinja", ".txt"}):
+    for file in sorted(
+        f for f in folder.rglob("*") if f.is_file() and f.suffix in {".json", ".safetensors", ".jinja", ".txt"}
+    ):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)}:{size}:".encode())
         with file.open("rb") as stream:
@@ -189,6 +195,25 @@ def checkpoint_revision(source: str, revision: str | None = None) -> str:
     located = _locate(source)
     config = _config(source, located, revision)
     return getattr(config, "_commit_hash", None) or folder_fingerprint(Path(located))
+
+
+def checkpoint_family(source: str, revision: str | None = None) -> str:
+    """`model_type` of a checkpoint: the adapter that loads it, and lmms-eval's name of the unmodified model.
+
+    Raises
+    ------
+    InputError: no such checkpoint, or a family without an adapter (lists what exists).
+    """
+    return _family(source, _config(source, _locate(source), revision))
+
+
+def _family(source: str, config: Any) -> str:
+    if config.model_type not in ADAPTERS:
+        raise InputError(
+            f"checkpoint '{source}' is of family '{config.model_type}', which has no adapter here: "
+            f"available: {', '.join(sorted(ADAPTERS))}"
+        )
+    return config.model_type
 
 
 @contextmanager
@@ -231,15 +256,16 @@ def load_backbone(
     attention = choose_attention(attn_implementation, device, torch_dtype)
     located = _locate(source)
     config = _config(source, located, revision)
-    if config.model_type not in ADAPTERS:
-        raise InputError(
-            f"checkpoint '{source}' is of family '{config.model_type}', which has no adapter here: "
-            f"available: {', '.join(sorted(ADAPTERS))}"
-        )
-    module, _, name = ADAPTERS[config.model_type].partition(":")
+    module, _, name = ADAPTERS[_family(source, config)].partition(":")
     adapter = getattr(import_module(module), name)
     with _readable_failures(source, "processor"):
         processor = AutoProcessor.from_pretrained(located, revision=revision)
+        # Without its files transformers makes an empty tokenizer up, and every prompt would silently be nonsense.
+        if processor.image_token_id != config.image_token_id:
+            raise InputError(
+                f"tokenizer of '{source}' does not know the checkpoint's image token {config.image_token_id}: "
+                "tokenizer.json or tokenizer_config.json is missing or of another model"
+            )
     with _readable_failures(source, "weights"), _quiet_report():
         model, info = adapter.model_class.from_pretrained(
             located,
@@ -259,7 +285,9 @@ def load_backbone(
     with _readable_failures(source, "weights"):
         extra = _extra_weights(located, revision, info["unexpected_keys"])
     if foreign := [k for k in extra if "importance_scorer" not in k]:
-        log.warning("%s holds %d tensors that its family has no place for, first '%s'", source, len(foreign), foreign[0])
+        log.warning(
+            "%s holds %d tensors that its family has no place for, first '%s'", source, len(foreign), foreign[0]
+        )
     return adapter(
         model.to(device),
         processor,

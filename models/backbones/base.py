@@ -70,7 +70,9 @@ class Backbone(ABC):
 
     model_class: ClassVar[Any]  # the transformers class that `load_backbone` loads the weights with
 
-    def __init__(self, model: Any, processor: Any, *, id: str, revision: str, extra_weights: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, model: Any, processor: Any, *, id: str, revision: str, extra_weights: Mapping[str, Tensor]
+    ) -> None:
         self.model = model.eval()
         self.processor = processor
         self.id = id
@@ -140,7 +142,9 @@ class Backbone(ABC):
         """`compressor` made ready for this backbone; weights are looked up once."""
         compressor = as_compressor(compressor)
         if compressor.stage == "decoder":
-            raise InputError(f"method '{compressor.name}' acts inside the LLM: decoder-stage methods have no engine here yet")
+            raise InputError(
+                f"method '{compressor.name}' acts inside the LLM: decoder-stage methods have no engine here yet"
+            )
         try:
             if compressor not in self._bound:
                 self._bound[compressor] = compressor.bind(self.host)
@@ -242,5 +246,3 @@ class Backbone(ABC):
         (B, T) int64: new tokens only, padded after a row's end.
         """
         return self.run_generate(self.compress(inputs, compressor, budget, encoded=encoded, keys=keys), **generation)
-
-

@@ -65,7 +65,9 @@ class _Captured:
     hidden: Tensor  # (P, W)
     position_embeddings: tuple[Tensor, Tensor]
 
-    def trace(self, start: int, grid: tuple[int, int, int], window_index: Tensor, merged: int, needs: frozenset[str]) -> EncoderTrace:
+    def trace(
+        self, start: int, grid: tuple[int, int, int], window_index: Tensor, merged: int, needs: frozenset[str]
+    ) -> EncoderTrace:
         """Received attention and keys of the item whose patches begin at `start`, in raster order of merged tokens."""
         n = grid[0] * grid[1] * grid[2]
         rows = slice(start, start + n * merged)
@@ -117,7 +119,9 @@ class Qwen2_5_VL(Backbone):
                 kind = visual[at]
                 name = _KIND_NAMES[kind]
                 if used[kind] >= len(grids[kind]):
-                    raise InputError(f"the prompts have placeholders for more {name}s than the {len(grids[kind])} given")
+                    raise InputError(
+                        f"the prompts have placeholders for more {name}s than the {len(grids[kind])} given"
+                    )
                 grid = grids[kind][used[kind]]
                 size = grid[0] * grid[1] * grid[2]
                 if visual[at : at + size] != [kind] * size:
@@ -131,7 +135,9 @@ class Qwen2_5_VL(Backbone):
             rows.append(items)
         for kind, name in _KIND_NAMES.items():
             if used[kind] < len(grids[kind]):
-                raise InputError(f"{len(grids[kind])} {name}s were given but the prompts have placeholders for {used[kind]}")
+                raise InputError(
+                    f"{len(grids[kind])} {name}s were given but the prompts have placeholders for {used[kind]}"
+                )
         return rows
 
     def visual_totals(self, inputs: Mapping[str, Any]) -> list[int]:
@@ -191,7 +197,9 @@ class Qwen2_5_VL(Backbone):
             make_trace = None
             if captured:
 
-                def make_trace(start: int = start, grid: tuple[int, int, int] = grid, thw: tuple = (t, h, w)) -> EncoderTrace:
+                def make_trace(
+                    start: int = start, grid: tuple[int, int, int] = grid, thw: tuple = (t, h, w)
+                ) -> EncoderTrace:
                     index, _ = get_vision_window_index(
                         torch.tensor([thw]), self._merge, vision.window_size, vision.patch_size
                     )

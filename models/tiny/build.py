@@ -86,7 +86,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def config(tokens: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     """The tiny architecture: LLM width 64, 4 layers; vision tower width 64, 4 blocks, full attention in blocks 1 and 3."""
-    ids = {name: tokens.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")}
+    ids = {
+        name: tokens.convert_tokens_to_ids(f"<|{name}|>")
+        for name in ("image_pad", "video_pad", "vision_start", "vision_end")
+    }
     common = {"bos_token_id": None, "eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id}
     return Qwen2_5_VLConfig(
         text_config={
@@ -142,6 +145,10 @@ def build(folder: Path, seed: int = 0) -> None:
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(cfg)
     randomise(model, seed)
+    with (
+        torch.no_grad()
+    ):  # a longer vector of the end token makes answers end, after a few tokens and at different ones
+        model.get_input_embeddings().weight[tokens.eos_token_id] *= 3
     # Released Qwen2.5 checkpoints carry a repetition penalty: keep one, so that every test meets it.
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -167,7 +174,9 @@ def build(folder: Path, seed: int = 0) -> None:
         tensor.copy_(torch.randn(tensor.shape, generator=generator) / math.sqrt(width))
     weights = folder / "model.safetensors"
     save_file(
-        {**load_file(weights), **{k: v.to(torch.bfloat16) for k, v in scorer.items()}}, weights, metadata={"format": "pt"}
+        {**load_file(weights), **{k: v.to(torch.bfloat16) for k, v in scorer.items()}},
+        weights,
+        metadata={"format": "pt"},
     )
     log.info("wrote %s: %d parameters", folder, model.num_parameters())
 

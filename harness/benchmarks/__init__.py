@@ -1,0 +1,1 @@
+"""Benchmarks of single parts, run by hand; nothing else imports them except tests."""

@@ -1,0 +1,430 @@
+"""The command: `visionselector-eval`, the same program as `python run_eval.py`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import shutil
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from visionselector_eval.baselines.errors import InputError
+
+PROGRAM = "visionselector-eval"
+EXIT_OK, EXIT_BAD_INPUT, EXIT_FAILED_CELLS, EXIT_INTERRUPTED = 0, 2, 3, 130
+
+log = logging.getLogger(__name__)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that name the nearest flag."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+    def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
+        parsed, rest = self.parse_known_args(arguments)
+        if rest:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(rest[0].split("=")[0], known, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise InputError(f"unknown argument '{rest[0]}': {hint}see {self.prog} --help")
+        return parsed
+
+
+def _example(*commands: str) -> str:
+    return "example:\n" + "\n".join(f"  {PROGRAM} {command}" for command in commands)
+
+
+# sweep ---------------------------------------------------------------------------------------------------------------
+
+
+def _flag_type(annotation: Any) -> Callable[[str], Any]:
+    options = [a for a in typing.get_args(annotation) if a is not type(None)]
+    if isinstance(annotation, types.UnionType) and options:
+        annotation = options[0]
+    return annotation if annotation in (int, float, str) else str
+
+
+def _add_spec_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for each field of the spec, so that flags and YAML can't come to differ."""
+    from .spec import SweepSpec
+
+    renamed = {"backbones": "pretrained"}
+    for name, info in SweepSpec.model_fields.items():
+        flag = "--" + renamed.get(name, name).replace("_", "-")
+        default = info.get_default(call_default_factory=True)
+        shown = "" if default in (None, [], {}) else f" (default: {_shown(default)})"
+        text = f"{info.description}{shown}".replace("%", "%%")
+        if typing.get_origin(info.annotation) in (list, dict):
+            metavar = {"methods": "NAME[:OPTION=VALUE,...]", "generation": "KEY=VALUE"}.get(
+                name, name.upper().rstrip("S")
+            )
+            of_items = typing.get_args(info.annotation)[0]
+            kind = int if of_items is int else str
+            parser.add_argument(flag, dest=name, nargs="+", metavar=metavar, type=kind, help=text)
+        else:
+            parser.add_argument(flag, dest=name, metavar=name.upper(), type=_flag_type(info.annotation), help=text)
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, list):
+        return " ".join(str(getattr(d, "pretrained", getattr(d, "name", d))) for d in default)
+    return str(default)
+
+
+def _value(text: str) -> Any:
+    """A value from the command line as YAML reads it: true, 3, 0.5, text."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _pairs(items: Sequence[str], what: str) -> dict[str, Any]:
+    pairs = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise InputError(f"{what} '{item}' is not KEY=VALUE")
+        pairs[key] = _value(value)
+    return pairs
+
+
+def _method(text: str) -> Any:
+    name, colon, options = text.partition(":")
+    return {"name": name, "options": _pairs(options.split(","), f"option of method {name}")} if colon else name
+
+
+def _spec_from(arguments: argparse.Namespace) -> Any:
+    from .spec import SweepSpec, load_spec, make_spec
+
+    given = {name: getattr(arguments, name) for name in SweepSpec.model_fields if getattr(arguments, name) is not None}
+    if "methods" in given:
+        given["methods"] = [_method(text) for text in given["methods"]]
+    if "generation" in given:
+        given["generation"] = _pairs(given["generation"], "generation setting")
+    if "tasks" in given and "suite" not in given:
+        given["suite"] = None  # --tasks alone asks for those tasks, whatever suite a spec file names
+    if arguments.scorer:
+        methods = given.get("methods") or (None if arguments.spec else ["visionselector"])
+        if methods is None:
+            raise InputError(
+                "--scorer goes with --methods; in a spec file write methods: [{name: visionselector, scorer: ...}]"
+            )
+        given["methods"] = [_with_scorer(m, arguments.scorer) for m in methods]
+    return load_spec(arguments.spec, given) if arguments.spec else make_spec(given)
+
+
+def _with_scorer(method: Any, scorer: str) -> Any:
+    name = method if isinstance(method, str) else method["name"]
+    if name != "visionselector":
+        return method
+    options = {} if isinstance(method, str) else method["options"]
+    # The label stays plain: there is one VisionSelector in this sweep, and the record says which weights.
+    return {"name": name, "label": name, "options": {"scorer": scorer, **options}}
+
+
+def _sweep_parser() -> _Parser:
+    parser = _Parser(
+        prog=f"{PROGRAM} sweep",
+        description="Answer every benchmark with every method at every budget, and print a leaderboard.\n"
+        "Without flags: the embedded checkpoint on the embedded benchmarks. Run it again to resume.",
+        epilog=_example(
+            "sweep --limit 4",
+            "sweep --pretrained Qwen/Qwen2.5-VL-7B-Instruct --methods visionselector divprune visionzip "
+            "--scorer JulietChoo/VisionSelector-Qwen2.5-VL-7B --budgets 0.3 0.2 0.1 --suite visionselector13",
+            "sweep --methods divprune:upstream_exact=true random --budgets 20% 64tok --tasks tiny_chartqa --dry-run",
+        ),
+    )
+    parser.add_argument("--spec", metavar="FILE", help="YAML with the fields below; flags win over it")
+    _add_spec_flags(parser)
+    parser.add_argument(
+        "--scorer", metavar="PATH_OR_ID", help="scorer weights for visionselector, where the checkpoint has none"
+    )
+    parser.add_argument(
+        "--engine", default="local", metavar="NAME", help="local (this process) or ray (default: local)"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="workers of engine ray (default: one for each GPU)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the cells, what they share and what is done; run nothing"
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--only-missing", action="store_true", help="run what the run folder does not hold yet (default)"
+    )
+    which.add_argument("--overwrite", action="store_true", help="forget this sweep's cells first")
+    return parser
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from .engines import engine
+    from .leaderboard import write
+    from .screen import SweepScreen, render_plan
+    from .store import Run
+    from .sweep import plan, run_sweep
+
+    spec = _spec_from(arguments)
+    if arguments.dry_run:
+        folder = spec.folder()
+        _print(render_plan(plan(spec, Run(folder) if folder.is_dir() else None)))
+        return EXIT_OK
+    chosen = engine(arguments.engine, arguments.workers)
+    with SweepScreen() as screen:
+        run, result = run_sweep(spec, engine=chosen, overwrite=arguments.overwrite, progress=screen)
+    _print(write(run.folder).to_terminal(_width()))
+    _print(f"\nrun folder: {run.folder} (leaderboard.md, .csv, .tex, .html)")
+    if result.failed:
+        log.error(
+            "%d of %d cells failed; run the same command again to retry them", len(result.failed), screen.total_cells
+        )
+        return EXIT_FAILED_CELLS
+    return EXIT_OK
+
+
+def _print(text: str) -> None:
+    """Write a result to stdout; everything else goes to stderr."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    sys.stdout.flush()
+
+
+def _width() -> int | None:
+    """Columns of the terminal; none in a pipe, where lines may be as long as they are."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+# ask -----------------------------------------------------------------------------------------------------------------
+
+
+def _add_backbone_flags(parser: argparse.ArgumentParser) -> None:
+    from .spec import SweepSpec
+
+    parser.add_argument(
+        "--pretrained", default="tiny", help="folder, hub id, or `tiny`, the embedded checkpoint (default)"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    for name in ("device", "dtype", "attn_implementation"):
+        info = SweepSpec.model_fields[name]
+        parser.add_argument("--" + name.replace("_", "-"), default=info.default, help=info.description)
+
+
+def _ask_parser() -> _Parser:
+    parser = _Parser(
+        prog=f"{PROGRAM} ask",
+        description="Ask one question about one image or video, with any compressor and budget.",
+        epilog=_example(
+            "ask --image invoice.png 'What is the total?' --method divprune --budget 0.2",
+            "ask --video clip.mp4 'What happens?' --method uniform --budget 64tok --max-num-frames 8",
+        ),
+    )
+    parser.add_argument("question", help="the question, in quotes")
+    media = parser.add_mutually_exclusive_group()
+    media.add_argument("--image", metavar="FILE", help="picture to ask about")
+    media.add_argument("--video", metavar="FILE", help="video to ask about")
+    _add_backbone_flags(parser)
+    parser.add_argument(
+        "--method", default="full", metavar="NAME[:OPTION=VALUE,...]", help="a compressor (default: full)"
+    )
+    parser.add_argument("--budget", default="1.0", help="share of visual tokens to keep (0.2, 20%%) or a count (64tok)")
+    parser.add_argument("--scorer", metavar="PATH_OR_ID", help="scorer weights for visionselector")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: 128)")
+    parser.add_argument("--min-pixels", type=int, help="smallest area of the picture or a frame")
+    parser.add_argument("--max-pixels", type=int, help="largest area of the picture or a frame")
+    parser.add_argument("--max-num-frames", type=int, default=32, help="most frames of the video (default: 32)")
+    parser.add_argument("--fps", type=float, help="frames a second to show")
+    return parser
+
+
+def _ask(arguments: argparse.Namespace) -> int:
+    from visionselector_eval.baselines import build, parse_budget
+    from visionselector_eval.models import load_backbone
+    from visionselector_eval.models.answering import Answerer, Request, Setting
+    from visionselector_eval.models.inputs import MediaSettings, read_image, read_video
+    from .spec import MethodSpec
+
+    method = _method(arguments.method)
+    if arguments.scorer:
+        method = _with_scorer(method if isinstance(method, dict) else {"name": method, "options": {}}, arguments.scorer)
+    chosen = MethodSpec.model_validate(method)
+    compressor, budget = build(chosen.name, **chosen.options), parse_budget(arguments.budget)
+    media = MediaSettings(
+        min_pixels=arguments.min_pixels,
+        max_pixels=arguments.max_pixels,
+        video_min_pixels=arguments.min_pixels,
+        video_max_pixels=arguments.max_pixels,
+        max_num_frames=arguments.max_num_frames,
+        fps=arguments.fps,
+    )
+    if arguments.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens {arguments.max_new_tokens} is not usable: give at least 1")
+    parts: list[dict[str, Any]] = []
+    if arguments.image:
+        parts.append({"type": "image", "image": read_image(arguments.image)})
+    elif arguments.video:
+        parts.append({"type": "video", "video": read_video(arguments.video, media)})
+    parts.append({"type": "text", "text": arguments.question})
+    backbone = load_backbone(
+        arguments.pretrained,
+        arguments.device,
+        arguments.dtype,
+        arguments.attn_implementation,
+        revision=arguments.revision,
+    )
+    setting = Setting(backbone.bind(compressor), budget)
+    request = Request(
+        key=arguments.question,
+        messages=lambda: [{"role": "user", "content": parts}],
+        generation={"max_new_tokens": arguments.max_new_tokens},
+    )
+    answerer = Answerer(backbone, media)
+    answer = answerer.answer(answerer.prepare([request], [setting]), setting)[0]
+    _print(answer.text)
+    share = f" ({100 * answer.kept_tokens / answer.total_tokens:.1f} %)" if answer.total_tokens else ""
+    _print(
+        f"[{chosen.label} at budget {budget}: {answer.kept_tokens} of {answer.total_tokens} visual tokens kept{share}, "
+        f"{answer.prompt_tokens} prompt tokens, {answer.new_tokens} new tokens]"
+    )
+    return EXIT_OK
+
+
+# report, list, doctor ------------------------------------------------------------------------------------------------
+
+
+def _report_parser() -> _Parser:
+    parser = _Parser(
+        prog=f"{PROGRAM} report",
+        description="Rebuild the leaderboard files of a run from its folder alone, and print the table.",
+        epilog=_example("report runs/sweep"),
+    )
+    parser.add_argument("run", help="run folder of a sweep")
+    return parser
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from .leaderboard import write
+
+    board = write(arguments.run)
+    _print(board.to_terminal(_width()))
+    return EXIT_OK
+
+
+_LISTS = ("compressors", "backbones", "suites", "tasks")
+
+
+def _list_parser() -> _Parser:
+    parser = _Parser(
+        prog=f"{PROGRAM} list",
+        description="What can be named in a sweep: compressors with their options, backbones, suites, tasks.",
+        epilog=_example("list", "list compressors"),
+    )
+    parser.add_argument("what", nargs="?", metavar="|".join(_LISTS), help="one of these (default: all)")
+    return parser
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from visionselector_eval.baselines.errors import unknown
+
+    from .listing import render
+
+    if arguments.what is not None and arguments.what not in _LISTS:
+        raise unknown("list", arguments.what, _LISTS)
+    _print(render([arguments.what] if arguments.what else list(_LISTS)))
+    return EXIT_OK
+
+
+def _doctor_parser() -> _Parser:
+    return _Parser(
+        prog=f"{PROGRAM} doctor",
+        description="Check this machine: versions, devices, attention back-ends, entry points, hub, video; and what to do.",
+        epilog=_example("doctor"),
+    )
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from . import doctor
+
+    checks = doctor.checks()
+    _print(doctor.render(checks))
+    return doctor.exit_code(checks)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+
+COMMANDS: dict[str, tuple[Callable[[], _Parser], Callable[[argparse.Namespace], int], str]] = {
+    "sweep": (_sweep_parser, _sweep, "methods x budgets x benchmarks, and a leaderboard (the default)"),
+    "ask": (_ask_parser, _ask, "one question about one image or video"),
+    "report": (_report_parser, _report, "rebuild the leaderboard of a run folder"),
+    "list": (_list_parser, _list, "compressors, backbones, suites, tasks"),
+    "doctor": (_doctor_parser, _doctor, "check this machine and say what to do"),
+}
+
+
+def _overview() -> str:
+    lines = "\n".join(f"  {name:<8} {about}" for name, (_, _, about) in COMMANDS.items())
+    return (
+        f"usage: {PROGRAM} [COMMAND] [FLAGS]\n\n"
+        "Measure visual-token compression in multimodal LLMs. Without a command, flags are those of `sweep`.\n\n"
+        f"commands:\n{lines}\n\n"
+        f"`{PROGRAM} COMMAND --help` says more. Exit codes: 0 everything asked for was done, 2 bad input, 3 some cells failed.\n\n"
+        + _example("--limit 4")
+    )
+
+
+def _quiet_libraries(verbose: bool) -> None:
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a library's own switch: it warns about forks otherwise
+    for noisy in ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "PIL", "matplotlib", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if not sys.stderr.isatty():
+        # Read by these libraries when they are imported; in a log file a bar is a thousand lines.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code. A user's mistake is one line on stderr and code 2."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if given[:1] in (["--help"], ["-h"], ["help"]):
+            sys.stdout.write(_overview() + "\n")
+            return EXIT_OK
+        if given[:1] == ["--version"]:
+            from importlib.metadata import version
+
+            sys.stdout.write(f"{PROGRAM} {version(PROGRAM)}\n")
+            return EXIT_OK
+        command = given.pop(0) if given and not given[0].startswith("-") else "sweep"
+        if command not in COMMANDS:
+            close = difflib.get_close_matches(command, COMMANDS, n=1)
+            hint = f"did you mean '{close[0]}'? " if close else ""
+            raise InputError(f"unknown command '{command}': {hint}available: {', '.join(COMMANDS)}")
+        make_parser, run, _ = COMMANDS[command]
+        parser = make_parser()
+        parser.add_argument(
+            "-v", "--verbose", action="store_true", help="say more, tracebacks of failed cells included"
+        )
+        parsed = parser.parse_all(given)
+        _quiet_libraries(parsed.verbose)
+        return run(parsed)
+    except InputError as error:
+        sys.stderr.write(f"{PROGRAM}: {' '.join(str(error).split())}\n")
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{PROGRAM}: stopped; the same command goes on where this one was\n")
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

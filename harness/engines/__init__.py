@@ -1,0 +1,46 @@
+"""Engines: where the units of a sweep run. An engine turns units into events; it writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+from visionselector_eval.baselines.errors import InputError, unknown
+from visionselector_eval.harness.evaluate import Event, Unit
+
+__all__ = ["ENGINES", "Engine", "engine"]
+
+
+class Engine(Protocol):
+    """Runs `answer` on units, anywhere, and gives the events of each as they come."""
+
+    def __call__(
+        self, units: Iterable[Unit], answer: Callable[[Unit], Iterator[Event]]
+    ) -> Iterator[tuple[Unit, Event | Exception]]:
+        """Pairs of unit and event; an exception ends its unit, the others go on."""
+        ...
+
+
+ENGINES = ("local", "ray")
+
+
+def engine(name: str, workers: int | None = None) -> Engine:
+    """The engine of that name.
+
+    Raises
+    ------
+    InputError: unknown name, or `ray` where it is not installed.
+    """
+    if name == "local":
+        from .local import Local
+
+        return Local()
+    if name == "ray":
+        try:
+            from .ray import Ray
+        except ImportError:
+            raise InputError(
+                "engine=ray needs Ray, which is not installed: pip install 'visionselector-eval[ray]', or use engine=local"
+            ) from None
+        return Ray(workers)
+    raise unknown("engine", name, ENGINES)

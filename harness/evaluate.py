@@ -1,0 +1,222 @@
+"""Answer the documents of one unit: one backbone, one task, any number of (compressor, options, budget) cells.
+
+One loaded model, one image decode and one vision pass serve all cells of a unit (DESIGN section 6). Nothing here writes a
+file: answers leave as events, in batches, and the driver stores them. So a unit can run in this process or on a worker.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from visionselector_eval.baselines import build, parse_budget
+from visionselector_eval.baselines.base import InputError
+from visionselector_eval.models.answering import Answerer, Request, Setting
+from visionselector_eval.models.generation import generation_arguments
+from visionselector_eval.models.inputs import MediaSettings
+from visionselector_eval.models.loading import load_backbone
+from visionselector_eval.tasks import binding
+
+if TYPE_CHECKING:
+    from visionselector_eval.models.backbones.base import Backbone
+
+log = logging.getLogger(__name__)
+
+Document = tuple[str, int]  # lmms-eval task name and document number
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is left to do of one cell: plain data, so that it travels to a worker."""
+
+    digest: str
+    method: str
+    options: Mapping[str, Any]
+    budget: str
+    done: frozenset[Document] = frozenset()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Cells that share a backbone, a task and pixel settings; plain data.
+
+    Attributes
+    ----------
+    pretrained, revision, device, dtype, attn_implementation: as for `load_backbone`.
+    media: fields of `MediaSettings`. task, base_model, limit: as for `tasks.binding.bind`.
+    generation: over the task's own generation settings. seed: of sampled answers. batch_size: documents at once.
+    """
+
+    pretrained: str
+    revision: str | None
+    device: str
+    dtype: str
+    attn_implementation: str
+    media: Mapping[str, Any]
+    task: str
+    base_model: str
+    limit: int | None
+    generation: Mapping[str, Any]
+    seed: int
+    batch_size: int
+    cells: tuple[Work, ...]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Answers of one cell to one batch of documents. `answers` are plain: task, doc_id, answer and token counts."""
+
+    digest: str
+    batch: int
+    answers: list[dict[str, Any]] = field(repr=False)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A cell that can't go on, with the reason in one line."""
+
+    digest: str
+    reason: str
+
+
+Event = Answered | Failed
+
+_loaded: dict[tuple[Any, ...], Backbone] = {}
+_bound: dict[tuple[Any, ...], binding.BoundTask] = {}
+
+
+def backbone_of(unit: Unit) -> Backbone:
+    """The unit's backbone; the last one loaded stays, so that the units of one backbone load it once."""
+    key = (unit.pretrained, unit.revision, unit.device, unit.dtype, unit.attn_implementation)
+    if key not in _loaded:
+        _loaded.clear()  # free the old one before the new one needs its memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        _loaded[key] = load_backbone(
+            unit.pretrained, unit.device, unit.dtype, unit.attn_implementation, revision=unit.revision
+        )
+    return _loaded[key]
+
+
+def bound_task(task: str, base_model: str, limit: int | None) -> binding.BoundTask:
+    """lmms-eval's task with its documents, loaded once in this process."""
+    key = (task, base_model, limit)
+    if key not in _bound:
+        _bound[key] = binding.bind(task, base_model=base_model, limit=limit)
+    return _bound[key]
+
+
+def settings_of(unit: Unit, backbone: Backbone) -> dict[str, Setting]:
+    """The compressors of a unit's cells by digest, bound to the backbone.
+
+    Raises
+    ------
+    InputError: a method that does not fit the backbone (no scorer weights, another width).
+    """
+    return {
+        work.digest: Setting(backbone.bind(build(work.method, **work.options)), parse_budget(work.budget))
+        for work in unit.cells
+    }
+
+
+def document_requests(bound: binding.BoundTask, generation: Mapping[str, Any]) -> list[tuple[Document, Request]]:
+    """Every document of a task as a request, in upstream's order; `generation` goes over the task's own settings."""
+    made = []
+    for asked in binding.requests(bound):
+        settings = {**asked.generation, "until": asked.until, **generation}
+        until = settings.pop("until") or []
+        made.append(
+            (
+                (asked.task, asked.doc_id),
+                Request(
+                    key=f"{asked.task}/{asked.doc_id}",
+                    messages=lambda asked=asked: asked.messages().to_hf_messages(),  # type: ignore[misc]
+                    generation=settings,
+                    until=(until,) if isinstance(until, str) else tuple(until),
+                ),
+            )
+        )
+    return made
+
+
+def batches_of(requests: list[tuple[Document, Request]], size: int) -> list[list[tuple[Document, Request]]]:
+    """Batches of documents with equal generation settings. They depend on nothing but the documents and `size`, so that
+    a resumed cell is answered in the same batches, and so with the same rounding, as an undisturbed one."""
+    batches = []
+    for _, run in groupby(requests, key=lambda r: sorted(generation_arguments(r[1].generation).items(), key=str)):
+        group = list(run)
+        batches += [group[i : i + size] for i in range(0, len(group), size)]
+    return batches
+
+
+def answer_unit(unit: Unit) -> Iterator[Event]:
+    """Answer what is left of every cell of `unit`, batch by batch.
+
+    Yields
+    ------
+    `Answered` as soon as a cell has answered a batch; `Failed` once for a cell that can't go on (the rest goes on).
+
+    Raises
+    ------
+    InputError: the backbone or the task can't be loaded, or a method does not fit the backbone.
+    """
+    backbone = backbone_of(unit)
+    settings = settings_of(unit, backbone)
+    bound = bound_task(unit.task, unit.base_model, unit.limit)
+    answerer = Answerer(backbone, MediaSettings(**unit.media), unit.seed)
+    alive = {work.digest: work for work in unit.cells}
+    for number, batch in enumerate(batches_of(document_requests(bound, unit.generation), unit.batch_size)):
+        # Cells with the same documents left share the decode and the vision pass: all of them, but for a cell that was
+        # begun with another batch size.
+        waiting: dict[tuple[Document, ...], list[str]] = {}
+        for digest, work in alive.items():
+            if left := tuple(document for document, _ in batch if document not in work.done):
+                waiting.setdefault(left, []).append(digest)
+        for left, digests in waiting.items():
+            requests = [request for document, request in batch if document in left]
+            try:
+                prepared = answerer.prepare(requests, [settings[d] for d in digests])
+            except Exception as error:
+                for digest in digests:
+                    yield Failed(digest, _reason(error))
+                    del alive[digest]
+                continue
+            for digest in digests:
+                started = time.perf_counter()
+                try:
+                    answers = answerer.answer(prepared, settings[digest])
+                except Exception as error:
+                    yield Failed(digest, _reason(error))
+                    del alive[digest]
+                    continue
+                plain = [
+                    {
+                        "task": task,
+                        "doc_id": doc_id,
+                        "answer": answer.text,
+                        "kept_tokens": answer.kept_tokens,
+                        "total_tokens": answer.total_tokens,
+                        "prompt_tokens": answer.prompt_tokens,
+                        "new_tokens": answer.new_tokens,
+                    }
+                    for (task, doc_id), answer in zip(left, answers, strict=True)
+                ]
+                yield Answered(digest, number, plain, time.perf_counter() - started)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, InputError):
+        return str(error)
+    log.debug("a cell failed", exc_info=error)
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        return "out of memory: lower the batch size or max_pixels"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

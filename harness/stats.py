@@ -1,0 +1,221 @@
+"""The statistics of the tables: pure functions, no files, no frames.
+
+The interval is that of lmms-eval's `paired_ttest` (tests compare the two), written out here for three
+reasons: importing
+`lmms_eval.api.metrics` takes seconds and loads torch, which `report` does not need; clusters are handled
+with it; and a
+constant difference gets an honest interval. lmms-eval's `clustered_stderr` is not used: without the factor
+G/(G-1) it
+is near 0 where all documents are in one cluster, and far too small for a few.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+
+import numpy as np
+
+_ROUNDING = 1e-12
+_SIGN_TEST_MINIMUM = 6  # 2 * 0.5**5 > 0.05: with fewer units no sign test can reject at 5 %
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A difference with its confidence interval; `low` and `high` are nan where there is nothing to estimate
+    from.
+
+    Attributes
+    ----------
+    difference: the estimate.
+    low, high: the interval.
+    se: standard error.
+    units: number of independent units: documents, or clusters of documents.
+    df: degrees of freedom.
+    """
+
+    difference: float
+    low: float
+    high: float
+    se: float
+    units: int
+    df: float
+
+
+def paired_difference(
+    scores: Sequence[float] | np.ndarray,
+    base: Sequence[float] | np.ndarray,
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    level: float = 0.95,
+) -> Interval:
+    """Mean of the per-document differences `scores - base`, with its t interval.
+
+    Without clusters: mean d, se = sd(d) / sqrt(n), t with n-1 degrees of freedom. With G clusters (several
+    questions
+    about one picture): se^2 = G/(G-1) * sum_c (sum_{i in c} (d_i - mean))^2 / n^2, t with G-1; the same as
+    before where
+    every document is its own cluster.
+
+    Where all differences are the same non-zero number the formula's interval has no width. It is kept from
+    six units
+    on; below that it is widened to 0, since no sign test could reject with so few.
+
+    Parameters
+    ----------
+    scores, base: (n,) scores of the same documents in the same order.
+    clusters: (n,) cluster of each document.
+    level: coverage.
+    """
+    a, b = np.asarray(scores, dtype=np.float64), np.asarray(base, dtype=np.float64)
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"scores of the same documents are needed: {a.shape} and {b.shape}")
+    if clusters is not None and len(clusters) != len(a):
+        raise ValueError(f"{len(clusters)} clusters for {len(a)} documents")
+    n = len(a)
+    if n == 0 or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return Interval(math.nan, math.nan, math.nan, math.nan, n, math.nan)
+    d = a - b
+    # A mean over seeds of equal numbers can be off by one bit; that is no difference.
+    d[np.abs(d) <= _ROUNDING * np.maximum(np.abs(a), np.abs(b))] = 0.0
+    mean = float(d.mean())
+    sums: np.ndarray = d - mean
+    if clusters is not None:
+        place: dict[Hashable, int] = {}
+        index = [place.setdefault(cluster, len(place)) for cluster in clusters]
+        sums = np.bincount(index, weights=sums)
+    units = len(sums)
+    if units < 2:
+        return Interval(mean, math.nan, math.nan, math.nan, units, math.nan)
+    se = math.sqrt(units / (units - 1) * float((sums**2).sum())) / n
+    return _interval(mean, se, units, float(units - 1), level)
+
+
+def mean_of_differences(parts: Sequence[Interval], *, level: float = 0.95) -> Interval:
+    """The plain mean of independent differences (one a benchmark), with its interval.
+
+    se^2 = sum se_t^2 / T^2; degrees of freedom by Welch and Satterthwaite. Any part without an interval
+    leaves the
+    result without one.
+    """
+    if not parts:
+        return Interval(math.nan, math.nan, math.nan, math.nan, 0, math.nan)
+    mean = math.fsum(part.difference for part in parts) / len(parts)
+    units = sum(part.units for part in parts)
+    variances = [part.se**2 for part in parts]
+    total = math.fsum(variances)
+    if not math.isfinite(total):
+        return Interval(mean, math.nan, math.nan, math.nan, units, math.nan)
+    largest = max(variances)
+    if largest > 0:
+        # divided by the largest first: the squares of tiny variances would underflow
+        shares = [variance / largest for variance in variances]
+        df = math.fsum(shares) ** 2 / math.fsum(share**2 / part.df for share, part in zip(shares, parts, strict=True))
+    else:
+        df = float(sum(part.df for part in parts))
+    return _interval(mean, math.sqrt(total) / len(parts), units, df, level)
+
+
+def scaled(interval: Interval, factor: float) -> Interval:
+    """The interval of `factor` times the difference; a negative factor turns it round."""
+    low, high = sorted((interval.low * factor, interval.high * factor))
+    return Interval(interval.difference * factor, low, high, interval.se * abs(factor), interval.units, interval.df)
+
+
+def distinguishable(interval: Interval) -> bool:
+    """Whether the interval leaves 0 out. False where there is no interval: nothing has been shown then."""
+    return interval.low > 0 or interval.high < 0
+
+
+def relative(score: float, full: float, higher_is_better: bool = True) -> float:
+    """Per cent of the full model's score that is left: 100 * score / full, or 100 * full / score where less
+    is better.
+
+    nan where that has no meaning: a full score of 0 or below (nothing to be relative to), or a denominator
+    of 0.
+    """
+    if not (math.isfinite(score) and math.isfinite(full)) or full <= 0:
+        return math.nan
+    if higher_is_better:
+        return 100.0 * (score / full)
+    return 100.0 * (full / score) if score > 0 else math.nan
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation over seeds (n-1); nan for fewer than two."""
+    if len(values) < 2:
+        return math.nan
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def _interval(mean: float, se: float, units: int, df: float, level: float) -> Interval:
+    if se <= _ROUNDING * abs(mean):
+        low, high = (mean, mean) if units >= _SIGN_TEST_MINIMUM else (min(mean, 0.0), max(mean, 0.0))
+        return Interval(mean, low, high, 0.0, units, df)
+    half = t_quantile(0.5 + level / 2, df) * se
+    return Interval(mean, mean - half, mean + half, se, units, df)
+
+
+@lru_cache(maxsize=4096)
+def t_quantile(p: float, df: float) -> float:
+    """The p-quantile of Student's t, 0.5 <= p < 1, for any df > 0; relative error below 1e-9.
+
+    By bisection on the distribution function, so that no SciPy is needed for one number.
+    """
+    if not 0.5 <= p < 1 or not df > 0:
+        raise ValueError(f"p in [0.5, 1) and df > 0 are needed: {p}, {df}")
+    if p == 0.5:
+        return 0.0
+    if df > 1e4:
+        # Cornish-Fisher around the normal quantile, error O(df^-3); lgamma below would lose digits
+        z = NormalDist().inv_cdf(p)
+        return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df * df)
+    low, high = 0.0, 1.0
+    while _upper_tail(high, df) > 1 - p:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        if _upper_tail(middle, df) > 1 - p:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _upper_tail(t: float, df: float) -> float:
+    """P(T > t) for t >= 0: half the regularised incomplete beta function I_x(df/2, 1/2) at x = df / (df +
+    t^2)."""
+    if t == 0:
+        return 0.5
+    x, rest = df / (df + t * t), t * t / (df + t * t)
+    a, b = df / 2, 0.5
+    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(rest)
+    if x < (a + 1) / (a + b + 2):  # the continued fraction converges fast on this side, the mirrored one on the other
+        return 0.5 * math.exp(log_front) * _beta_fraction(a, b, x) / a
+    return 0.5 * (1 - math.exp(log_front) * _beta_fraction(b, a, rest) / b)
+
+
+def _beta_fraction(a: float, b: float, x: float) -> float:
+    """Continued fraction of the incomplete beta function, by Lentz's method."""
+    tiny = 1e-300
+    c, d = 1.0, 1 - (a + b) * x / (a + 1)
+    d = 1 / (d if abs(d) > tiny else tiny)
+    value = d
+    for m in range(1, 500):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for term in (even, odd):
+            d = 1 + term * d
+            d = 1 / (d if abs(d) > tiny else tiny)
+            c = 1 + term / c
+            c = c if abs(c) > tiny else tiny
+            value *= c * d
+        if abs(c * d - 1) < 1e-15:
+            break
+    return value

@@ -1,0 +1,434 @@
+"""Run a sweep: plan the cells, answer what is missing, score it, write the run folder and its leaderboard."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import pandas as pd
+
+from visionselector_eval.baselines import build
+from visionselector_eval.baselines.base import InputError
+from visionselector_eval.models.loading import (
+    checkpoint_family,
+    checkpoint_revision,
+    choose_attention,
+    choose_device,
+    choose_dtype,
+)
+from visionselector_eval.tasks import binding
+
+from .engines import Engine
+from .environment import environment
+from .evaluate import (
+    Answered,
+    Event,
+    Failed,
+    Unit,
+    Work,
+    answer_unit,
+    backbone_of,
+    bound_task,
+    settings_of,
+)
+from .spec import BackboneSpec, CellSpec, SweepSpec, cells_of, spec_yaml
+from .store import CellRecord, Run, digest_of
+
+log = logging.getLogger(__name__)
+
+# What a cell has of its own; everything else it must share with the `full` row that it is compared with.
+_OWN_SETTINGS = ("method", "options", "weights", "budget", "seed")
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell with its name and, where its task can't be loaded, the reason."""
+
+    spec: CellSpec
+    digest: str
+    settings: Mapping[str, Any]
+    done: bool
+    answered: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells that share one loaded model, one decode and one vision pass for each document."""
+
+    backbone: BackboneSpec
+    task: str
+    n_documents: int
+    cells: tuple[PlannedCell, ...]
+
+    @property
+    def missing(self) -> list[PlannedCell]:
+        """Cells still to be answered or scored."""
+        return [cell for cell in self.cells if not cell.done and not cell.error]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All groups of a sweep, and what of them is already done."""
+
+    spec: SweepSpec
+    groups: tuple[Group, ...]
+
+    @property
+    def cells(self) -> list[PlannedCell]:
+        """All cells, group by group."""
+        return [cell for group in self.groups for cell in group.cells]
+
+
+@dataclass
+class SweepResult:
+    """What a sweep did: digests of cells that were done before, are done now, and failed with their reasons."""
+
+    before: list[str] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+class Progress:
+    """What a sweep tells while it runs; this one keeps silent."""
+
+    def start(self, documents: int) -> None:
+        """A sweep begins: so many answers (documents x cells) are left."""
+
+    def group(self, group: Group) -> None:
+        """A group begins."""
+
+    def answered(self, cell: PlannedCell, documents: int) -> None:
+        """A cell has answered so many documents more."""
+
+    def finished(self, cell: PlannedCell, record: CellRecord) -> None:
+        """A cell is done, or failed (see the record)."""
+
+
+def plan(spec: SweepSpec, run: Run | None = None) -> Plan:
+    """Which cells there are, how they share work, and which are done in `run`.
+
+    Raises
+    ------
+    InputError: a backbone that can't be found, a device or option that can't be used, or no task that can be loaded.
+    """
+    device = choose_device(spec.device)
+    dtype = choose_dtype(spec.dtype, device)
+    attention = choose_attention(spec.attn_implementation, device, dtype)
+    revisions = {b.pretrained: checkpoint_revision(b.pretrained, b.revision) for b in spec.backbones}
+    families = {b.pretrained: checkpoint_family(b.pretrained, b.revision) for b in spec.backbones}
+    weights: dict[str, str] = {}
+    groups: dict[tuple[str, str], list[PlannedCell]] = {}
+    sizes: dict[tuple[str, str], int] = {}
+    problems: dict[tuple[str, str], InputError] = {}
+    for cell in cells_of(spec):
+        name = cell.backbone.pretrained
+        key = (name, cell.task)
+        data = prompts = "unavailable"
+        if key not in problems:
+            try:
+                bound = bound_task(cell.task, families[name], spec.limit)
+                data, sizes[key] = bound.data_hash, bound.n_documents
+                prompts = _prompts_hash(bound)
+            except InputError as error:
+                problems[key] = error
+        compressor_key = json.dumps([cell.method, dict(cell.options)], sort_keys=True, default=str)
+        if compressor_key not in weights:
+            weights[compressor_key] = build(cell.method, **cell.options).fingerprint()
+        settings = {
+            "backbone": name,
+            "revision": revisions[name],
+            "method": cell.method,
+            "options": {
+                k: v if isinstance(v, bool | int | float | str | None) else str(v) for k, v in cell.options.items()
+            },
+            "weights": weights[compressor_key],
+            "budget": str(cell.budget),
+            "seed": cell.seed,
+            "task": cell.task,
+            "limit": spec.limit,
+            "data": data,
+            "prompts": prompts,
+            "media": spec.media(cell.backbone),
+            "generation": spec.generation,
+            "dtype": str(dtype).removeprefix("torch."),
+            "attention": attention,
+            "lmms_eval": version("lmms-eval"),
+            "version": version("visionselector-eval"),
+        }
+        digest = digest_of(settings)
+        done = run is not None and run.is_done(digest)
+        answered = 0 if done or run is None else sum(len(line["answers"]) for line in run.journal(digest).read())
+        error = str(problems[key]) if key in problems else ""
+        groups.setdefault(key, []).append(PlannedCell(cell, digest, settings, done, answered, error))
+    if len(problems) == len(groups):
+        raise next(iter(problems.values()))
+    return Plan(
+        spec,
+        tuple(Group(cells[0].spec.backbone, key[1], sizes.get(key, 0), tuple(cells)) for key, cells in groups.items()),
+    )
+
+
+def _prompts_hash(bound: binding.BoundTask) -> str:
+    """Names every question's wording and generation settings, so that a change upstream gives other cells."""
+    digest = hashlib.sha256()
+    for asked in binding.requests(bound):
+        digest.update(
+            json.dumps([asked.task, asked.doc_id, asked.context, asked.generation, asked.until], default=str).encode()
+        )
+    return digest.hexdigest()[:16]
+
+
+def run_sweep(
+    spec: SweepSpec,
+    *,
+    engine: Engine,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    answer: Callable[[Unit], Iterable[Event]] = answer_unit,
+) -> tuple[Run, SweepResult]:
+    """Answer and score every cell of `spec` that its run folder does not hold yet.
+
+    Parameters
+    ----------
+    engine: where units run. overwrite: forget the cells of this spec first (otherwise only what is missing is run).
+    progress: is told what happens. answer: what a worker does with a unit.
+
+    Raises
+    ------
+    InputError: a spec that can't be run at all, or a run folder that holds cells made with other settings.
+    """
+    progress = progress or Progress()
+    run = Run.open(spec.folder(), create=True)
+    with run.lock():
+        planned = plan(spec, run)
+        if _settle_earlier_cells(run, planned, overwrite):
+            planned = plan(spec, run)
+        settings = planned.cells[0].settings
+        run.write_spec(spec_yaml(spec))
+        run.write_environment(
+            {
+                **environment(),
+                "device": choose_device(spec.device),
+                "dtype": settings["dtype"],
+                "attn_implementation": settings["attention"],
+            }
+        )
+        result = SweepResult(before=[cell.digest for cell in planned.cells if cell.done])
+        for cell in planned.cells:
+            if cell.error:
+                _fail(run, cell, cell.error, result, progress)
+        groups = [group for group in planned.groups if group.missing]
+        units = {id(unit): (unit, group) for group in groups for unit in [_unit(spec, group, run)]}
+        if groups:
+            _preflight(next(iter(units.values()))[0])
+        progress.start(sum(group.n_documents * len(group.missing) for group in groups))
+        for _, group in units.values():
+            for cell in group.missing:
+                if cell.answered:
+                    progress.answered(cell, cell.answered)
+        _drive(run, list(units.values()), engine, answer, result, progress)
+    return run, result
+
+
+def _preflight(unit: Unit) -> None:
+    """Load the first backbone and fit every method to it, so that a mistake shows before any document is read."""
+    settings_of(unit, backbone_of(unit))
+
+
+def _unit(spec: SweepSpec, group: Group, run: Run) -> Unit:
+    def work(cell: PlannedCell) -> Work:
+        lines = run.journal(cell.digest).read()
+        done = frozenset((a["task"], a["doc_id"]) for line in lines for a in line["answers"])
+        return Work(cell.digest, cell.spec.method, dict(cell.spec.options), str(cell.spec.budget), done)
+
+    return Unit(
+        pretrained=group.backbone.pretrained,
+        revision=group.backbone.revision,
+        device=choose_device(spec.device),
+        dtype=spec.dtype,
+        attn_implementation=spec.attn_implementation,
+        media=spec.media(group.backbone),
+        task=group.task,
+        base_model=checkpoint_family(group.backbone.pretrained, group.backbone.revision),
+        limit=spec.limit,
+        generation=spec.generation,
+        seed=spec.seeds[0],
+        batch_size=spec.batch_size,
+        cells=tuple(work(cell) for cell in group.missing),
+    )
+
+
+def _drive(
+    run: Run,
+    units: Sequence[tuple[Unit, Group]],
+    engine: Engine,
+    answer: Callable[[Unit], Iterable[Event]],
+    result: SweepResult,
+    progress: Progress,
+) -> None:
+    """Store events as they come; score a cell when it has answered every document."""
+    cells = {cell.digest: (cell, group) for _, group in units for cell in group.missing}
+    left = {work.digest: cells[work.digest][1].n_documents - len(work.done) for unit, _ in units for work in unit.cells}
+    seconds = dict.fromkeys(left, 0.0)
+    for digest in [d for d, n in left.items() if n == 0]:  # killed after its last answer, before it was scored
+        _score(run, *cells[digest], 0.0, result, progress)
+    begun: set[int] = set()
+    groups = {id(unit): group for unit, group in units}
+    for unit, event in engine([unit for unit, _ in units if any(left[w.digest] for w in unit.cells)], answer):  # type: ignore[arg-type]
+        if id(unit) not in begun:
+            begun.add(id(unit))
+            progress.group(groups[id(unit)])
+        if isinstance(event, Answered):
+            cell, group = cells[event.digest]
+            run.journal(event.digest).append(event.batch, event.answers)
+            seconds[event.digest] += event.seconds
+            left[event.digest] -= len(event.answers)
+            progress.answered(cell, len(event.answers))
+            if left[event.digest] == 0:
+                _score(run, cell, group, seconds[event.digest], result, progress)
+        elif isinstance(event, Failed):
+            _fail(run, cells[event.digest][0], event.reason, result, progress)
+        else:  # the unit itself could not go on
+            reason = str(event) if isinstance(event, InputError) else f"{type(event).__name__}: {event}"
+            log.debug("a unit failed", exc_info=event)
+            for work in unit.cells:
+                if work.digest not in result.done and work.digest not in result.failed:
+                    _fail(run, cells[work.digest][0], reason, result, progress)
+
+
+def _record(cell: PlannedCell, **values: Any) -> CellRecord:
+    shared = {k: v for k, v in cell.settings.items() if k not in _OWN_SETTINGS}
+    return CellRecord(
+        digest=cell.digest,
+        backbone=cell.spec.backbone.pretrained,
+        revision=str(cell.settings["revision"]),
+        method=cell.spec.method,
+        label=cell.spec.label,
+        options=dict(cell.settings["options"]),
+        budget=str(cell.spec.budget),
+        task=cell.spec.task,
+        seed=cell.spec.seed,
+        version=str(cell.settings["version"]),
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        context=digest_of(shared),
+        settings=dict(cell.settings),
+        **values,
+    )
+
+
+def _fail(run: Run, cell: PlannedCell, reason: str, result: SweepResult, progress: Progress) -> None:
+    record = _record(cell)
+    run.fail(cell.digest, record, reason)
+    result.failed[cell.digest] = reason
+    progress.finished(cell, record.model_copy(update={"status": "failed", "error": reason}))
+
+
+def _score(run: Run, cell: PlannedCell, group: Group, seconds: float, result: SweepResult, progress: Progress) -> None:
+    """Replay the stored answers through lmms-eval's own scoring, and complete the cell."""
+    limit = cell.settings["limit"]
+    bound = bound_task(group.task, checkpoint_family(group.backbone.pretrained, group.backbone.revision), limit)
+    answers = {(a["task"], a["doc_id"]): a for line in run.journal(cell.digest).read() for a in line["answers"]}
+    responses: dict[str, dict[int, str]] = {}
+    for (task, doc_id), given in answers.items():
+        responses.setdefault(task, {})[doc_id] = given["answer"]
+    try:
+        scored = binding.score(bound, responses, run.folder / "cells" / cell.digest / "submissions")
+    except InputError as error:
+        _fail(run, cell, str(error), result, progress)
+        return
+    samples = pd.DataFrame(
+        [
+            {
+                "doc_id": document.doc_id,
+                "subtask": document.task,
+                "answer": document.answer,
+                "target": document.target,
+                "score": document.score,
+                "cluster": document.cluster,
+                "doc_hash": document.doc_hash,
+                **{
+                    k: answers[document.task, document.doc_id][k]
+                    for k in ("kept_tokens", "total_tokens", "prompt_tokens", "new_tokens")
+                },
+            }
+            for document in scored.documents
+        ]
+    )
+    visual = samples[samples["total_tokens"] > 0]
+    record = _record(
+        cell,
+        metric=scored.metric,
+        score=scored.score,
+        metrics=scored.metrics,
+        higher_is_better=bound.entry.higher_is_better,
+        scale=bound.entry.scale,
+        mean_of_documents=scored.mean_of_documents,
+        cluster_key=bound.entry.cluster_key,
+        n_documents=len(samples),
+        kept_tokens=float(visual["kept_tokens"].mean()) if len(visual) else None,
+        total_tokens=float(visual["total_tokens"].mean()) if len(visual) else None,
+        seconds=seconds,
+    )
+    run.finish(cell.digest, record, samples)
+    result.done.append(cell.digest)
+    progress.finished(cell, record)
+
+
+def _place(values: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(str(values[k]) for k in ("backbone", "label", "budget", "task", "seed"))
+
+
+def _settle_earlier_cells(run: Run, planned: Plan, overwrite: bool) -> bool:
+    """Cells of the folder that stand where a planned one will: failed ones go, finished ones are not mixed with others.
+
+    Returns
+    -------
+    whether any was removed.
+
+    Raises
+    ------
+    InputError: a finished cell was made with other settings, and `overwrite` was not asked for.
+    """
+    wanted = {
+        _place(
+            {
+                "backbone": cell.spec.backbone.pretrained,
+                "label": cell.spec.label,
+                "budget": cell.spec.budget,
+                "task": cell.spec.task,
+                "seed": cell.spec.seed,
+            }
+        ): cell
+        for cell in planned.cells
+    }
+    removed = False
+    digests = {cell.digest for cell in planned.cells}
+    for digest in run.digests():
+        record = run.record(digest)
+        if record is None:
+            if overwrite and digest in digests:  # begun, not finished
+                run.remove(digest)
+                removed = True
+            continue
+        cell = wanted.get(_place(record))
+        if cell is None:
+            continue
+        if overwrite or (cell.digest != digest and record["status"] == "failed"):
+            run.remove(digest)
+            removed = True
+        elif cell.digest != digest:
+            differing = sorted(
+                k for k in {*cell.settings, *record["settings"]} if cell.settings.get(k) != record["settings"].get(k)
+            )
+            raise InputError(
+                f"the run folder '{run.folder}' holds {cell.spec.title} made with other settings "
+                f"({', '.join(differing)}): give another --name or --output, or --overwrite"
+            )
+    return removed

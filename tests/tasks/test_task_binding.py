@@ -1,0 +1,235 @@
+"""Mirrors run end to end through upstream's code: prompts, media, metrics, and what goes wrong."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.tasks import binding, suites
+from visionselector_eval.tasks.tiny import MIRRORS, generate
+
+NAMES = list(MIRRORS)
+LIMIT = 16
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def bound(cache: Path) -> dict[str, binding.BoundTask]:
+    return {name: binding.bind(name, cache_dir=cache, limit=LIMIT) for name in NAMES}
+
+
+def answers(name: str, right: bool = True, n: int = LIMIT) -> dict[str, dict[int, str]]:
+    return {name: {i: d.answer if right else d.wrong for i, d in enumerate(generate(name, 0, n))}}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_oracle_and_anti_oracle(name: str, bound: dict[str, binding.BoundTask]) -> None:
+    entry = suites.entry(name)
+    best = binding.score(bound[name], answers(name))
+    worst = binding.score(bound[name], answers(name, right=False))
+    assert best.score == entry.scale
+    assert worst.score == 0
+    assert best.metric == entry.key
+    assert best.metrics[entry.key] == best.score
+    assert best.n_documents == bound[name].n_documents == LIMIT
+    assert [d.doc_id for d in best.documents] == list(range(LIMIT))
+    assert best.mean_of_documents == worst.mean_of_documents == entry.mean_of_documents
+    assert all(d.score == (entry.scale if entry.mean_of_documents else 1) for d in best.documents)
+    assert all(d.score == 0 for d in worst.documents)
+    assert [d.answer for d in worst.documents] == list(answers(name, right=False)[name].values())
+    assert len({d.doc_hash for d in best.documents}) == LIMIT
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_whole_mirror_reaches_its_maximum(name: str, cache: Path) -> None:
+    whole = binding.bind(name, cache_dir=cache)
+    assert (whole.n_documents, whole.limit) == (64, None)
+    assert binding.score(whole, answers(name, n=64)).score == suites.entry(name).scale
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_right_is_in_between_and_repeatable(name: str, bound: dict[str, binding.BoundTask]) -> None:
+    right, wrong = answers(name)[name], answers(name, right=False)[name]
+    mixed = {name: {i: (right if i < LIMIT // 2 else wrong)[i] for i in range(LIMIT)}}
+    first = binding.score(bound[name], mixed)
+    binding.score(bound[name], answers(name))
+    second = binding.score(bound[name], mixed)
+    assert first == second
+    scale = suites.entry(name).scale
+    assert scale is not None
+    assert first.score == pytest.approx(scale / 2)
+    if first.mean_of_documents:
+        assert np.mean([d.score for d in first.documents]) == pytest.approx(first.score)
+
+
+def test_right_answers_are_reported(bound: dict[str, binding.BoundTask]) -> None:
+    for name in ("tiny_docvqa_val", "tiny_chartqa", "tiny_textvqa_val", "tiny_pope", "tiny_mme", "tiny_scienceqa_img"):
+        assert all(d.answer == d.target for d in binding.score(bound[name], answers(name)).documents)
+    clips = binding.score(bound["tiny_mvbench_moving_direction"], answers("tiny_mvbench_moving_direction")).documents
+    assert {d.target for d in clips} <= {"Up", "Down", "To the left", "To the right"}
+    clusters = [d.cluster for d in binding.score(bound["tiny_mme"], answers("tiny_mme")).documents]
+    assert clusters[::2] == clusters[1::2]
+    assert len(set(clusters)) == LIMIT // 2
+
+
+def test_empty_answers_fall_out_of_mvbench(bound: dict[str, binding.BoundTask]) -> None:
+    """An upstream quirk that the flag must tell: empty answers do not count as wrong."""
+    name = "tiny_mvbench_moving_direction"
+    given = answers(name)
+    given[name][0] = ""
+    result = binding.score(bound[name], given)
+    assert result.score == 100
+    assert not result.mean_of_documents
+
+
+PROMPTS = {
+    "tiny_docvqa_val": "?\nAnswer the question using a single word or phrase.",
+    "tiny_chartqa": "?\nAnswer the question with a single word.",
+    "tiny_textvqa_val": "?\nAnswer the question using a single word or phrase.",
+    "tiny_pope": "?\nAnswer the question using a single word or phrase.",
+    "tiny_mme": "?\nAnswer the question using a single word or phrase.",
+    "tiny_scienceqa_img": "\nAnswer with the option's letter from the given choices directly.",
+    "tiny_mvbench_moving_direction": "\nOnly give the best option.\n",
+}
+NEW_TOKENS = {"tiny_docvqa_val": 32, "tiny_textvqa_val": None, "tiny_pope": 128}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_requests_are_upstreams(name: str, bound: dict[str, binding.BoundTask]) -> None:
+    asked = binding.requests(bound[name])
+    documents = generate(name, 0, LIMIT)
+    assert [(r.task, r.doc_id) for r in asked] == [(name, i) for i in range(LIMIT)]
+    for request, document in zip(asked, documents, strict=True):
+        chat = request.messages()
+        images, videos, audios = chat.extract_media()
+        text = chat.messages[-1].content[-1].text
+        assert text == request.context
+        assert text.endswith(PROMPTS[name])
+        assert document.row["question"].removesuffix(" Please answer yes or no.").lower() in text.lower()
+        assert not audios
+        if document.frames is None:
+            assert not videos
+            assert np.array_equal(np.asarray(images[0].convert("RGB")), np.asarray(document.image))
+        else:
+            assert not images
+            assert Path(videos[0]).is_file()
+        assert request.generation.get("max_new_tokens") == NEW_TOKENS.get(name, 16)
+        assert "until" not in request.generation
+        assert request.until == (["ASSISTANT:"] if name == "tiny_textvqa_val" else ["\n\n"])
+
+
+def test_prompts_follow_the_base_model(cache: Path) -> None:
+    asked = binding.requests(binding.bind("tiny_docvqa_val", base_model="qwen_vl", cache_dir=cache, limit=1))
+    assert asked[0].context.endswith(" Answer:")
+
+
+def test_submissions_go_to_the_output_folder(
+    bound: dict[str, binding.BoundTask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "tiny_textvqa_val"
+    kept = binding.score(bound[name], answers(name), tmp_path / "out")
+    assert [p.parent for p in kept.submissions] == [tmp_path / "out" / "submissions"]
+    assert binding.score(bound[name], answers(name)).submissions == []
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_scoring_leaves_the_random_state_alone(bound: dict[str, binding.BoundTask]) -> None:
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # type: ignore[index,union-attr]
+    binding.score(bound["tiny_pope"], answers("tiny_pope"))
+    after = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # type: ignore[index,union-attr]
+    assert before == after
+
+
+def test_a_replay_is_quick(bound: dict[str, binding.BoundTask]) -> None:
+    binding.score(bound["tiny_chartqa"], answers("tiny_chartqa"))
+    start = time.perf_counter()
+    for _ in range(5):
+        binding.score(bound["tiny_chartqa"], answers("tiny_chartqa"))
+    assert (time.perf_counter() - start) / 5 < 0.3
+
+
+def test_hashes_name_the_documents(cache: Path, bound: dict[str, binding.BoundTask]) -> None:
+    assert len({b.data_hash for b in bound.values()}) == len(NAMES)
+    same = binding.bind("tiny_pope", cache_dir=cache)
+    other = binding.bind("tiny_pope", cache_dir=cache, seed=1, documents=8)
+    assert same.data_hash == bound["tiny_pope"].data_hash != other.data_hash
+    assert other.n_documents == 8
+
+
+def test_missing_answers_are_named(bound: dict[str, binding.BoundTask]) -> None:
+    given = answers("tiny_pope")
+    del given["tiny_pope"][3]
+    with pytest.raises(InputError, match="1 of 16 answers are missing, the first is document 3"):
+        binding.score(bound["tiny_pope"], given)
+
+
+def test_a_missing_video_is_one_documents_fault(cache: Path) -> None:
+    name = "tiny_mvbench_moving_direction"
+    made = binding.bind(name, cache_dir=cache, documents=2)
+    first, second = binding.requests(made)
+    clip = Path(second.messages().extract_media()[1][0])
+    moved = clip.rename(clip.with_suffix(".away"))
+    try:
+        first.messages()
+        with pytest.raises(binding.DocumentError, match=f"document 1 of {name}: its video .* does not exist") as raised:
+            second.messages()
+        assert (raised.value.task, raised.value.doc_id) == (name, 1)
+        assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
+    finally:
+        moved.rename(clip)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("tiny_mme", {"limit": 7}, "groups of 2, try 8"),
+        ("tiny_chartqa", {"limit": 0.5}, "whole number"),
+        ("tiny_chartq", {}, "unknown task 'tiny_chartq': did you mean 'tiny_chartqa'"),
+        ("mmmu_vall", {}, "did you mean 'mmmu_val'"),
+        ("tiny_chartqa", {"override": {"dataset_name": "x"}}, "name chartqa instead"),
+        ("chartqa", {"seed": 1}, "not one"),
+        ("tiny_mme", {"documents": 3}, "even number"),
+    ],
+)
+def test_bad_input_is_one_line(name: str, options: dict, message: str, cache: Path) -> None:
+    with pytest.raises(InputError, match=message) as raised:
+        binding.bind(name, cache_dir=cache, **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_standard_output_stays_clean(cache: Path) -> None:
+    code = f"""
+import warnings
+from visionselector_eval.tasks import binding
+from visionselector_eval.tasks.tiny import generate
+before = list(warnings.filters)
+b = binding.bind("tiny_textvqa_val", cache_dir={str(cache)!r}, limit=2)
+binding.requests(b)[0].messages()
+binding.score(b, {{b.name: dict(enumerate(["x", "y"]))}})
+from loguru import logger
+logger.warning("heard")
+logger.info("not heard")
+assert list(warnings.filters) == before
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert [line for line in done.stderr.splitlines() if "heard" in line] == ["heard"]
+    assert "Postprocessing" not in done.stderr

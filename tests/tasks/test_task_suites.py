@@ -1,0 +1,106 @@
+"""suites.yaml: what it says exists in the installed lmms-eval, and wrong names explain themselves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.tasks import host, suites
+from visionselector_eval.tasks.tiny import MIRRORS
+
+TASKS = suites.load_suites().tasks
+REAL = sorted(name for name, entry in TASKS.items() if entry.mirror_of is None)
+
+
+def definition(name: str) -> dict:
+    """The upstream task file, read without importing its code."""
+    from lmms_eval.utils import load_yaml_config
+
+    return load_yaml_config(host.task_manager("qwen2_5_vl").task_index[name]["yaml_path"], mode="simple")
+
+
+def members(name: str) -> list[str]:
+    config = definition(name)
+    return config["task"] if isinstance(config["task"], list) else [name]
+
+
+def test_importing_suites_is_light() -> None:
+    code = (
+        "import sys, visionselector_eval.tasks.suites as s; s.suite('tiny');"
+        "sys.exit(', '.join(m for m in ('torch', 'lmms_eval', 'datasets', 'transformers') if m in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_published_suites() -> None:
+    text = "docvqa_val chartqa textvqa_val ocrbench scienceqa_img ai2d_no_mask mmmu_val mme pope"
+    nine = text.split()
+    assert suites.suite("visionselector9") == nine
+    assert suites.suite("visionselector13") == [*nine, "mvbench", "seedbench", "videomme", "nextqa_mc_test"]
+    assert suites.suite("tiny") == list(MIRRORS)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_entries_exist_upstream(name: str) -> None:
+    entry = TASKS[name]
+    assert host.lmms_eval().version.startswith("0.7.")
+    for member in members(name):
+        config = definition(member)
+        metrics = {m["metric"]: m for m in config["metric_list"]}
+        assert entry.metric in metrics
+        assert metrics[entry.metric]["higher_is_better"] == entry.higher_is_better
+        filters = [f["name"] for f in config.get("filter_list", [])] or ["none"]
+        assert entry.filter in filters
+        assert config["output_type"] == "generate_until"
+        assert config.get("test_split") or config.get("validation_split")
+    assert (entry.combine == "mean") == (len(members(name)) > 1)
+
+
+@pytest.mark.parametrize("name", list(MIRRORS))
+def test_mirrors_follow_their_original(name: str) -> None:
+    mirror, entry = MIRRORS[name], TASKS[name]
+    original = TASKS[mirror.upstream]
+    assert entry.mirror_of == mirror.upstream
+    assert (entry.key, entry.pair, entry.cluster_key) == (original.key, original.pair, original.cluster_key)
+    assert entry.pair == mirror.pair
+    index = host.task_manager("qwen2_5_vl").task_index
+    assert str(host.lmms_eval().tasks_folder / mirror.config) == index[mirror.upstream]["yaml_path"]
+    config = definition(mirror.upstream)
+    assert mirror.split == config.get("test_split", config.get("validation_split"))
+
+
+def test_unknown_names_get_a_near_match() -> None:
+    with pytest.raises(InputError, match="unknown suite 'visionselector12': did you mean 'visionselector13'"):
+        suites.suite("visionselector12")
+    with pytest.raises(InputError, match="unknown task 'charqa': did you mean 'chartqa'"):
+        suites.entry("charqa")
+
+
+@pytest.mark.parametrize("limit", [0, -2, 0.5, 2.5, True, "8"])
+def test_limits_are_whole_numbers(limit: object) -> None:
+    with pytest.raises(InputError, match="whole number"):
+        suites.check_limit("chartqa", limit)  # type: ignore[arg-type]
+
+
+def test_limits_keep_pairs_together() -> None:
+    assert suites.check_limit("mme", 8, 2) == 8
+    assert suites.check_limit("mme", None, 2) is None
+    with pytest.raises(InputError, match="groups of 2, try 8"):
+        suites.check_limit("mme", 7, 2)
+
+
+def test_a_wrong_file_is_refused() -> None:
+    entry = {"metric": "anls"}
+    for raw in (
+        {"tasks": {"a": {**entry, "scales": 1}}, "suites": {}},
+        {"tasks": {"a": entry}, "suites": {"s": ["b"]}},
+        {"tasks": {"a": entry}, "suites": {"s": ["a", "a"]}},
+        {"tasks": {"a": {"mirror_of": "b"}}, "suites": {}},
+    ):
+        with pytest.raises(ValidationError):
+            suites.Suites.model_validate(raw)

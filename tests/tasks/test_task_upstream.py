@@ -1,0 +1,209 @@
+"""Real task names on four documents of the real layout: the same code path, with the data elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from PIL import Image
+
+from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.tasks import binding
+
+PICTURE = Image.new("RGB", (56, 56), "white")
+
+
+def elsewhere(folder: Path, split: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """An override that takes these rows as the data set."""
+    features = None
+    if any(isinstance(v, Image.Image) for row in rows for v in row.values()):
+        plain = datasets.Dataset.from_list(
+            [{k: v for k, v in r.items() if not isinstance(v, Image.Image)} for r in rows]
+        )
+        pictures = {k: datasets.Image() for row in rows for k, v in row.items() if isinstance(v, Image.Image)}
+        features = datasets.Features({**plain.features, **pictures})
+    file = folder / "data.parquet"
+    datasets.Dataset.from_list(rows, features=features).to_parquet(file)
+    return {
+        "dataset_path": "parquet",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(file)}, "cache_dir": str(folder / "hf")},
+    }
+
+
+def reply(bound: binding.BoundTask, *texts: str) -> dict[str, dict[int, str]]:
+    return {name: dict(enumerate(texts)) for name in bound.tasks}
+
+
+def test_ocrbench_is_a_mean_and_starts_afresh(tmp_path: Path) -> None:
+    rows = [
+        {"dataset": "IIIT5K", "question": "what?", "question_type": kind, "answer": [f"word{i}"], "image": PICTURE}
+        for i, kind in enumerate(["Regular Text Recognition", "Doc-oriented VQA"] * 2)
+    ]
+    bound = binding.bind("ocrbench", override=elsewhere(tmp_path, "test", rows))
+    for _ in range(2):
+        assert binding.score(bound, reply(bound, *(f"word{i}" for i in range(4)))).score == pytest.approx(1)
+    half = binding.score(bound, reply(bound, "word0", "word1", "-", "-"), tmp_path / "out")
+    assert half.score == pytest.approx(0.5)
+    assert half.mean_of_documents
+    assert [p.name for p in half.submissions] == ["ocrbench_results.txt"]
+    assert binding.score(bound, reply(bound, "-", "-", "-", "-")).score == 0
+
+
+def test_ai2d_reads_its_own_filter(tmp_path: Path) -> None:
+    rows = [{"question": "which?", "options": list("wxyz"), "answer": str(i), "image": PICTURE} for i in range(4)]
+    bound = binding.bind("ai2d_no_mask", override=elsewhere(tmp_path, "test", rows))
+    result = binding.score(bound, reply(bound, "A. w", "B", "C", "A"))
+    assert (result.metric, result.score) == ("exact_match,flexible-extract", 0.75)
+    assert [d.score for d in result.documents] == [1, 1, 1, 0]
+
+
+def test_mmmu_fallbacks_repeat(tmp_path: Path) -> None:
+    rows = [
+        {
+            "id": f"validation_Art_{i}",
+            "question": "which? <image 1>",
+            "options": str(list("wxyz")),
+            "question_type": "multiple-choice",
+            "answer": "ABCD"[i % 4],
+            **{f"image_{k}": PICTURE if k == 1 else None for k in range(1, 8)},
+        }
+        for i in range(12)
+    ]
+    bound = binding.bind("mmmu_val", override=elsewhere(tmp_path, "validation", rows))
+    right = binding.score(bound, reply(bound, *(r["answer"] for r in rows)))
+    assert (right.score, right.mean_of_documents) == (1, True)
+    guesses = [binding.score(bound, reply(bound, *["no idea"] * 12)) for _ in range(3)]
+    assert guesses[0] == guesses[1] == guesses[2]
+    assert guesses[0].mean_of_documents
+    assert binding.requests(bound)[0].messages().extract_media()[0]
+
+
+def test_mvbench_is_the_mean_of_its_subtasks(tmp_path: Path) -> None:
+    rows = [{"video": f"{i}.mp4", "question": "?", "candidates": ["up", "down"], "answer": "up"} for i in range(3)]
+    bound = binding.bind("mvbench", limit=2, override=elsewhere(tmp_path, "train", rows))
+    assert len(bound.tasks) == 20
+    assert bound.n_documents == 40
+    given = {name: {0: "A", 1: "A" if i % 2 else "B"} for i, name in enumerate(bound.tasks)}
+    result = binding.score(bound, given)
+    assert result.score == 75
+    assert result.mean_of_documents
+    assert result.metrics["mvbench_action_sequence/mvbench_accuracy,none"] in (50, 100)
+    asked = binding.requests(bound)
+    assert len(asked) == 40
+    with pytest.raises(binding.DocumentError, match=r"its video .* does not exist"):
+        asked[0].messages()
+
+
+def test_seedbench_scores_come_from_predictions(tmp_path: Path) -> None:
+    rows = [
+        {
+            "question": "?",
+            **{f"choice_{c}": c for c in "abcd"},
+            "answer": "B",
+            "data_type": "image" if i == 3 else "video",
+            "data_id": f"v{i // 2}",
+            "question_id": str(i),
+        }
+        for i in range(4)
+    ]
+    bound = binding.bind("seedbench", override=elsewhere(tmp_path, "test", rows))
+    result = binding.score(bound, reply(bound, "B", "A", "B", "A"))
+    assert result.score == pytest.approx(2 / 3)
+    assert result.metrics["seed_all,none"] == 0.5
+    assert [d.score for d in result.documents] == [1, 0, 1, None]
+    assert [d.cluster for d in result.documents] == ["v0", "v0", "v1", "v1"]
+
+
+def test_nextqa_multiple_choice(tmp_path: Path) -> None:
+    rows = [{"video": "1", "question": "why", **{f"a{k}": f"x{k}" for k in range(5)}, "answer": i} for i in range(4)]
+    bound = binding.bind("nextqa_mc_test", override=elsewhere(tmp_path, "test", rows))
+    result = binding.score(bound, reply(bound, "A", "B.", "(C)", "A"))
+    assert (result.score, result.mean_of_documents) == (0.75, True)
+    with pytest.raises(binding.DocumentError, match="its media cannot be read"):
+        binding.requests(bound)[0].messages()
+
+
+def test_videomme_does_not_end_the_process(tmp_path: Path) -> None:
+    pytest.importorskip("cv2")
+    common = {
+        "videoID": "abc",
+        "question": "?",
+        "options": ["A. x", "B. y"],
+        "duration": "short",
+        "domain": "Knowledge",
+    }
+    rows = [
+        {**common, "answer": "A", "question_id": str(i), "sub_category": "Geography", "task_type": "OCR Problems"}
+        for i in range(4)
+    ]
+    bound = binding.bind("videomme", override=elsewhere(tmp_path, "test", rows))
+    result = binding.score(bound, reply(bound, "A", "A", "A", "B"))
+    assert (result.score, result.mean_of_documents) == (75, True)
+    assert {d.cluster for d in result.documents} == {"abc"}
+    with pytest.raises(binding.DocumentError, match=r"abc\.mp4 does not exist"):
+        binding.requests(bound)[0].messages()
+
+
+def test_mme_perception_only_and_undefined(tmp_path: Path) -> None:
+    def rows(category: str) -> list[dict[str, Any]]:
+        return [
+            {"question_id": f"{category}/1", "question": "?", "answer": a, "category": category, "image": PICTURE}
+            for a in ("Yes", "No")
+        ]
+
+    bound = binding.bind("mme", override=elsewhere(tmp_path, "test", rows("code_reasoning") + rows("count")))
+    result = binding.score(bound, reply(bound, "Yes", "No", "Yes", "No"))
+    assert (result.score, result.metrics["mme_cognition_score,none"]) == (200, 200)
+    assert [d.score for d in result.documents] == [None, None, 1, 1]
+    only = binding.bind("mme", limit=2, override=elsewhere(tmp_path, "test", rows("code_reasoning") * 2))
+    with pytest.raises(InputError, match="mme_perception_score,none has no value for these 2 documents"):
+        binding.score(only, reply(only, "Yes", "No"))
+
+
+def test_a_task_without_an_entry_works(tmp_path: Path) -> None:
+    rows = [{"question": "which?", "options": list("wxyz"), "answer": str(i), "image": PICTURE} for i in range(4)]
+    bound = binding.bind("ai2d", override=elsewhere(tmp_path, "test", rows))
+    assert bound.entry.metric == "exact_match"
+    result = binding.score(bound, reply(bound, "A", "B", "C", "A"))
+    assert (result.score, result.mean_of_documents) == (0.75, True)
+
+
+def test_changed_data_are_read_again(tmp_path: Path) -> None:
+    def rows(answer: str) -> list[dict[str, Any]]:
+        return [{"type": "human_test", "question": "?", "answer": answer, "image": PICTURE}]
+
+    old = binding.bind("chartqa", override=elsewhere(tmp_path, "test", rows("one")))
+    new = binding.bind("chartqa", override=elsewhere(tmp_path, "test", rows("two")))
+    assert old.data_hash != new.data_hash
+    assert binding.score(new, reply(new, "two")).score == 1
+    assert binding.score(old, reply(old, "one")).score == 1
+
+
+def test_data_that_cannot_be_used(tmp_path: Path) -> None:
+    row = {"type": "human_test", "question": "?", "answer": "x", "image": PICTURE}
+    good = elsewhere(tmp_path, "test", [row])
+    file = tmp_path / "data.parquet"
+    datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "hf2")).select([]).to_parquet(file)
+    with pytest.raises(InputError, match="chartqa has no documents"):
+        binding.bind("chartqa", override=good)
+    with pytest.raises(InputError, match="chartqa: its data lack the column or split 'test'"):
+        binding.bind("chartqa", override=elsewhere(tmp_path, "train", [row]))
+    file.unlink()
+    with pytest.raises(InputError, match="cannot load the given data"):
+        binding.bind("chartqa", override=good)
+    del row["question"]
+    with pytest.raises(InputError, match="chartqa: its data lack the column or split 'question'"):
+        binding.bind("chartqa", override=elsewhere(tmp_path, "test", [row]))
+
+
+def test_an_unreachable_hub_is_one_line() -> None:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if not HF_HUB_OFFLINE:
+        pytest.skip("HF_HUB_OFFLINE is not set: the hub may be reachable")
+    with pytest.raises(InputError, match=r"cannot load its data set 'lmms-lab-encoder/ChartQA'.*tiny suite") as raised:
+        binding.bind("chartqa")
+    assert "\n" not in str(raised.value)
