@@ -60,7 +60,7 @@ class EncoderTrace:
     received: (N,) float32, attention that each token received: softmax attention of the encoder's ranking layer, mean
         over heads, summed over the queries of its segment, averaged over the patches merged into one token, in raster
         order (METHODS 3.2).
-    keys: (N, Dk) float32, that layer's keys after rotary embedding, mean over heads and over merged patches, raster order.
+    keys: (N, Dk) float32, that layer's keys after rotary embedding, mean over heads and merged patches, raster order.
     cls: (N,) float32, attention from the CLS token, mean over heads, for encoders that have one.
     """
 

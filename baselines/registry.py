@@ -85,7 +85,7 @@ def resolve_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises
     ------
-    InputError: unknown method, unknown option (with the nearest existing one), missing option, or a value of another type.
+    InputError: unknown method, unknown option (names the near match), missing option, or a value of another type.
     """
     known = options_of(name)
     for key in options:

@@ -177,11 +177,12 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from .sweep import plan, run_sweep
 
     spec = _spec_from(arguments)
+    chosen = engine(arguments.engine, arguments.workers)
     if arguments.dry_run:
         folder = spec.folder()
-        _print(render_plan(plan(spec, Run(folder) if folder.is_dir() else None)))
+        run = Run(folder) if folder.is_dir() else None
+        _print(render_plan(plan(spec, run, chosen.device(spec.device))))
         return EXIT_OK
-    chosen = engine(arguments.engine, arguments.workers)
     with SweepScreen() as screen:
         run, result = run_sweep(spec, engine=chosen, overwrite=arguments.overwrite, progress=screen)
     _print(write(run.folder).to_terminal(_width()))
@@ -252,6 +253,7 @@ def _ask(arguments: argparse.Namespace) -> int:
     from visionselector_eval.models import load_backbone
     from visionselector_eval.models.answering import Answerer, Request, Setting
     from visionselector_eval.models.inputs import MediaSettings, read_image, read_video
+
     from .spec import MethodSpec
 
     method = _method(arguments.method)
@@ -347,7 +349,7 @@ def _list(arguments: argparse.Namespace) -> int:
 def _doctor_parser() -> _Parser:
     return _Parser(
         prog=f"{PROGRAM} doctor",
-        description="Check this machine: versions, devices, attention back-ends, entry points, hub, video; and what to do.",
+        description="Check versions, devices, attention back-ends, entry points, hub and video; say what to do.",
         epilog=_example("doctor"),
     )
 
@@ -377,8 +379,8 @@ def _overview() -> str:
         f"usage: {PROGRAM} [COMMAND] [FLAGS]\n\n"
         "Measure visual-token compression in multimodal LLMs. Without a command, flags are those of `sweep`.\n\n"
         f"commands:\n{lines}\n\n"
-        f"`{PROGRAM} COMMAND --help` says more. Exit codes: 0 everything asked for was done, 2 bad input, 3 some cells failed.\n\n"
-        + _example("--limit 4")
+        f"`{PROGRAM} COMMAND --help` says more.\n"
+        "Exit codes: 0 everything asked for was done, 2 bad input, 3 some cells failed.\n\n" + _example("--limit 4")
     )
 
 

@@ -1,7 +1,7 @@
 """Answer the documents of one unit: one backbone, one task, any number of (compressor, options, budget) cells.
 
-One loaded model, one image decode and one vision pass serve all cells of a unit (DESIGN section 6). Nothing here writes a
-file: answers leave as events, in batches, and the driver stores them. So a unit can run in this process or on a worker.
+One loaded model, one image decode and one vision pass serve all cells of a unit (DESIGN section 6). Nothing here writes
+a file: answers leave as events, in batches, and the driver stores them. So a unit can run here or on a worker.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Work:
     method: str
     options: Mapping[str, Any]
     budget: str
+    seed: int = 0
     done: frozenset[Document] = frozenset()
 
 
@@ -50,7 +51,7 @@ class Unit:
     ----------
     pretrained, revision, device, dtype, attn_implementation: as for `load_backbone`.
     media: fields of `MediaSettings`. task, base_model, limit: as for `tasks.binding.bind`.
-    generation: over the task's own generation settings. seed: of sampled answers. batch_size: documents at once.
+    generation: over the task's own generation settings. batch_size: documents at once.
     """
 
     pretrained: str
@@ -63,7 +64,6 @@ class Unit:
     base_model: str
     limit: int | None
     generation: Mapping[str, Any]
-    seed: int
     batch_size: int
     cells: tuple[Work, ...]
 
@@ -121,7 +121,7 @@ def settings_of(unit: Unit, backbone: Backbone) -> dict[str, Setting]:
     InputError: a method that does not fit the backbone (no scorer weights, another width).
     """
     return {
-        work.digest: Setting(backbone.bind(build(work.method, **work.options)), parse_budget(work.budget))
+        work.digest: Setting(backbone.bind(build(work.method, **work.options)), parse_budget(work.budget), work.seed)
         for work in unit.cells
     }
 
@@ -170,7 +170,7 @@ def answer_unit(unit: Unit) -> Iterator[Event]:
     backbone = backbone_of(unit)
     settings = settings_of(unit, backbone)
     bound = bound_task(unit.task, unit.base_model, unit.limit)
-    answerer = Answerer(backbone, MediaSettings(**unit.media), unit.seed)
+    answerer = Answerer(backbone, MediaSettings(**unit.media))
     alive = {work.digest: work for work in unit.cells}
     for number, batch in enumerate(batches_of(document_requests(bound, unit.generation), unit.batch_size)):
         # Cells with the same documents left share the decode and the vision pass: all of them, but for a cell that was

@@ -258,7 +258,8 @@ def _readable(error: ValidationError) -> InputError:
         return cause
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        model: type[BaseModel] = {"backbones": BackboneSpec, "methods": MethodSpec}.get(str(first["loc"][0]), SweepSpec)
+        models: dict[str, type[BaseModel]] = {"backbones": BackboneSpec, "methods": MethodSpec}
+        model = models.get(str(first["loc"][0]), SweepSpec)
         return unknown("field of the spec", str(first["loc"][-1]), model.model_fields)
     return InputError(
         f"field '{where}' of the spec: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"

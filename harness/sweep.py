@@ -19,7 +19,6 @@ from visionselector_eval.models.loading import (
     checkpoint_family,
     checkpoint_revision,
     choose_attention,
-    choose_device,
     choose_dtype,
 )
 from visionselector_eval.tasks import binding
@@ -111,14 +110,13 @@ class Progress:
         """A cell is done, or failed (see the record)."""
 
 
-def plan(spec: SweepSpec, run: Run | None = None) -> Plan:
-    """Which cells there are, how they share work, and which are done in `run`.
+def plan(spec: SweepSpec, run: Run | None, device: str) -> Plan:
+    """Which cells there are, how they share work, and which are done in `run`; `device` is what `auto` came to.
 
     Raises
     ------
     InputError: a backbone that can't be found, a device or option that can't be used, or no task that can be loaded.
     """
-    device = choose_device(spec.device)
     dtype = choose_dtype(spec.dtype, device)
     attention = choose_attention(spec.attn_implementation, device, dtype)
     revisions = {b.pretrained: checkpoint_revision(b.pretrained, b.revision) for b in spec.backbones}
@@ -126,18 +124,18 @@ def plan(spec: SweepSpec, run: Run | None = None) -> Plan:
     weights: dict[str, str] = {}
     groups: dict[tuple[str, str], list[PlannedCell]] = {}
     sizes: dict[tuple[str, str], int] = {}
+    names: dict[tuple[str, str], tuple[str, str]] = {}
     problems: dict[tuple[str, str], InputError] = {}
     for cell in cells_of(spec):
         name = cell.backbone.pretrained
         key = (name, cell.task)
-        data = prompts = "unavailable"
-        if key not in problems:
+        if key not in names:
             try:
                 bound = bound_task(cell.task, families[name], spec.limit)
-                data, sizes[key] = bound.data_hash, bound.n_documents
-                prompts = _prompts_hash(bound)
-            except InputError as error:
-                problems[key] = error
+                names[key], sizes[key] = (bound.data_hash, _prompts_hash(bound)), bound.n_documents
+            except InputError as problem:
+                names[key], problems[key] = ("unavailable", "unavailable"), problem
+        data, prompts = names[key]
         compressor_key = json.dumps([cell.method, dict(cell.options)], sort_keys=True, default=str)
         if compressor_key not in weights:
             weights[compressor_key] = build(cell.method, **cell.options).fingerprint()
@@ -207,15 +205,16 @@ def run_sweep(
     progress = progress or Progress()
     run = Run.open(spec.folder(), create=True)
     with run.lock():
-        planned = plan(spec, run)
+        device = engine.device(spec.device)
+        planned = plan(spec, run, device)
         if _settle_earlier_cells(run, planned, overwrite):
-            planned = plan(spec, run)
+            planned = plan(spec, run, device)
         settings = planned.cells[0].settings
         run.write_spec(spec_yaml(spec))
         run.write_environment(
             {
                 **environment(),
-                "device": choose_device(spec.device),
+                "device": device,
                 "dtype": settings["dtype"],
                 "attn_implementation": settings["attention"],
             }
@@ -225,9 +224,9 @@ def run_sweep(
             if cell.error:
                 _fail(run, cell, cell.error, result, progress)
         groups = [group for group in planned.groups if group.missing]
-        units = {id(unit): (unit, group) for group in groups for unit in [_unit(spec, group, run)]}
+        units = {id(unit): (unit, group) for group in groups for unit in [_unit(spec, group, run, device)]}
         if groups:
-            _preflight(next(iter(units.values()))[0])
+            engine.call(_preflight, next(iter(units.values()))[0])
         progress.start(sum(group.n_documents * len(group.missing) for group in groups))
         for _, group in units.values():
             for cell in group.missing:
@@ -242,16 +241,16 @@ def _preflight(unit: Unit) -> None:
     settings_of(unit, backbone_of(unit))
 
 
-def _unit(spec: SweepSpec, group: Group, run: Run) -> Unit:
+def _unit(spec: SweepSpec, group: Group, run: Run, device: str) -> Unit:
     def work(cell: PlannedCell) -> Work:
         lines = run.journal(cell.digest).read()
         done = frozenset((a["task"], a["doc_id"]) for line in lines for a in line["answers"])
-        return Work(cell.digest, cell.spec.method, dict(cell.spec.options), str(cell.spec.budget), done)
+        return Work(cell.digest, cell.spec.method, dict(cell.spec.options), str(cell.spec.budget), cell.spec.seed, done)
 
     return Unit(
         pretrained=group.backbone.pretrained,
         revision=group.backbone.revision,
-        device=choose_device(spec.device),
+        device=device,
         dtype=spec.dtype,
         attn_implementation=spec.attn_implementation,
         media=spec.media(group.backbone),
@@ -259,7 +258,6 @@ def _unit(spec: SweepSpec, group: Group, run: Run) -> Unit:
         base_model=checkpoint_family(group.backbone.pretrained, group.backbone.revision),
         limit=spec.limit,
         generation=spec.generation,
-        seed=spec.seeds[0],
         batch_size=spec.batch_size,
         cells=tuple(work(cell) for cell in group.missing),
     )

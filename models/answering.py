@@ -27,7 +27,7 @@ class Request:
     Attributes
     ----------
     key: names the document, for seeded methods.
-    messages: gives the conversation (see `build_inputs`) when it is needed, so that pictures are decoded batch by batch.
+    messages: gives the conversation (see `build_inputs`) when needed, so that pictures are decoded batch by batch.
     generation: the task's generation settings.
     until: strings at which the answer ends.
     """
@@ -40,10 +40,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Setting:
-    """A compressor at a budget."""
+    """A compressor at a budget. `seed` is that of sampled answers; greedy ones do not depend on it."""
 
     compressor: Compressor
     budget: Budget
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,11 @@ class Answerer:
     ----------
     backbone: a loaded backbone.
     settings: pixels, frames and system prompt.
-    seed: of sampled answers; greedy ones do not depend on it.
     """
 
-    def __init__(self, backbone: Backbone, settings: MediaSettings | None = None, seed: int = 0) -> None:
+    def __init__(self, backbone: Backbone, settings: MediaSettings | None = None) -> None:
         self.backbone = backbone
         self.settings = settings or MediaSettings()
-        self.seed = seed
 
     def prepare(self, requests: Sequence[Request], settings: Sequence[Setting]) -> PreparedBatch:
         """Decode, preprocess and encode a batch once for all `settings`."""
@@ -104,7 +103,7 @@ class Answerer:
         )
         arguments = generation_arguments(first.generation)
         if arguments["do_sample"]:
-            name = f"{self.seed}:{setting.compressor.name}:{setting.budget}:{'|'.join(keys)}"
+            name = f"{setting.seed}:{setting.compressor.name}:{setting.budget}:{'|'.join(keys)}"
             torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1)
         with torch.no_grad():
             tokens = self.backbone.run_generate(compressed, **arguments)

@@ -1,4 +1,4 @@
-"""The lmms-eval chat models: a backbone with a compressor, found by the stock `lmms-eval` command through our entry point."""
+"""The lmms-eval chat models: a backbone with a compressor, found by the stock `lmms-eval` command."""
 
 from __future__ import annotations
 

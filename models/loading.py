@@ -173,7 +173,7 @@ def _extra_weights(located: str, revision: str | None, unexpected: Iterable[str]
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Hash that changes when a checkpoint folder does: names, sizes and contents; of large files the first and last MiB."""
+    """Hash that changes when a checkpoint folder does: names, sizes, contents (of large files the ends)."""
     digest = hashlib.sha256()
     for file in sorted(
         f for f in folder.rglob("*") if f.is_file() and f.suffix in {".json", ".safetensors", ".jinja", ".txt"}
@@ -279,7 +279,8 @@ def load_backbone(
     if missing or info.get("mismatched_keys"):
         broken = missing or sorted(str(key) for key in info["mismatched_keys"])
         raise InputError(
-            f"weights of '{source}' are incomplete: {len(broken)} tensors missing or of another shape, first '{broken[0]}'; "
+            f"weights of '{source}' are incomplete: {len(broken)} tensors missing or of another shape, "
+            f"first '{broken[0]}'; "
             "download the checkpoint again"
         )
     with _readable_failures(source, "weights"):

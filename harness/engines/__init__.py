@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from visionselector_eval.baselines.errors import InputError, unknown
 from visionselector_eval.harness.evaluate import Event, Unit
@@ -11,8 +11,24 @@ from visionselector_eval.harness.evaluate import Event, Unit
 __all__ = ["ENGINES", "Engine", "engine"]
 
 
+T = TypeVar("T")
+
+
 class Engine(Protocol):
     """Runs `answer` on units, anywhere, and gives the events of each as they come."""
+
+    def device(self, asked: str) -> str:
+        """The device that units run on: `auto` made definite.
+
+        Raises
+        ------
+        InputError: where it is known not to be there.
+        """
+        ...
+
+    def call(self, function: Callable[[Unit], T], unit: Unit) -> T:
+        """`function(unit)` where units run; its errors are raised here."""
+        ...
 
     def __call__(
         self, units: Iterable[Unit], answer: Callable[[Unit], Iterator[Event]]
@@ -40,7 +56,7 @@ def engine(name: str, workers: int | None = None) -> Engine:
             from .ray import Ray
         except ImportError:
             raise InputError(
-                "engine=ray needs Ray, which is not installed: pip install 'visionselector-eval[ray]', or use engine=local"
+                "engine=ray needs Ray, which is not installed: pip install 'visionselector-eval[ray]', or use local"
             ) from None
         return Ray(workers)
     raise unknown("engine", name, ENGINES)

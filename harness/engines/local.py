@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from visionselector_eval.harness.evaluate import Event, Unit
+from visionselector_eval.models.loading import choose_device
+
+T = TypeVar("T")
 
 
 class Local:
     """Runs units one after another in this process."""
+
+    def device(self, asked: str) -> str:
+        """The device in this machine; see `choose_device`."""
+        return choose_device(asked)
+
+    def call(self, function: Callable[[Unit], T], unit: Unit) -> T:
+        """`function(unit)`, here."""
+        return function(unit)
 
     def __call__(
         self, units: Iterable[Unit], answer: Callable[[Unit], Iterator[Event]]

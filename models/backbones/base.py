@@ -167,7 +167,7 @@ class Backbone(ABC):
         method, share = self.bind(compressor), parse_budget(budget)
         if keys is None:
             mask = inputs["attention_mask"].bool()
-            keys = [prompt_key(row[m]) for row, m in zip(inputs["input_ids"], mask, strict=True)]  # type: ignore[arg-type]
+            keys = [prompt_key(row[m]) for row, m in zip(inputs["input_ids"], mask, strict=True)]
         if method.stage == "pixels":
             if share != Share(1.0):
                 full = [sum(item.features.shape[0] for item in row) for row in encoded.rows] if encoded else None

@@ -232,7 +232,7 @@ class Qwen2_5_VL(Backbone):
         )
 
     def _question(self, ids: Tensor, kinds: Tensor, mask: Tensor) -> Tensor:
-        """Plain text of the user's turn: from its last picture up to the turn's end; all plain text if that is empty."""
+        """Plain text of the user's turn: from its last picture up to the turn's end; else all plain text."""
         special = torch.tensor(sorted(self.processor.tokenizer.all_special_ids), device=ids.device)
         plain = mask.bool() & (kinds == 0) & ~torch.isin(ids, special)
         vision_end = self.model.config.vision_end_token_id
@@ -262,21 +262,21 @@ class Qwen2_5_VL(Backbone):
             if inputs.get(pixels) is not None:
                 shorter[pixels], shorter[grid_name] = self._lower_pixels(inputs[pixels], inputs[grid_name], sizes[kind])
 
-        rows = []
-        for row, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
+        id_rows = []
+        for row_number, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
             ids = ids[mask.bool()]
             kinds = self._kinds(ids)
             keep = kinds == 0
             places, at = kinds.nonzero().squeeze(1), 0
-            for kind, number, (t, h, w) in layout[row]:
+            for kind, number, (t, h, w) in layout[row_number]:
                 new_h, new_w = sizes[kind][number]
                 keep[places[at : at + t * new_h * new_w]] = True
                 at += t * h * w
-            rows.append(ids[keep])
-        size = max(len(row) for row in rows)
+            id_rows.append(ids[keep])
+        size = max(map(len, id_rows))
         pad = self.processor.tokenizer.pad_token_id
-        shorter["input_ids"] = torch.stack([F.pad(row, (size - len(row), 0), value=pad) for row in rows])
-        shorter["attention_mask"] = torch.stack([F.pad(torch.ones_like(row), (size - len(row), 0)) for row in rows])
+        shorter["input_ids"] = torch.stack([F.pad(row, (size - len(row), 0), value=pad) for row in id_rows])
+        shorter["attention_mask"] = torch.stack([F.pad(torch.ones_like(row), (size - len(row), 0)) for row in id_rows])
         shorter.pop("mm_token_type_ids", None)
         return shorter
 

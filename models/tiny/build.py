@@ -1,9 +1,9 @@
 """Build the embedded checkpoint: a Qwen2.5-VL of 0.5 M parameters that runs anywhere in milliseconds.
 
-`python -m visionselector_eval.models.tiny.build FOLDER` writes it from nothing, deterministically. The weights are random
-(seeded), scaled so that the greedy answers depend on the picture and the question: every code path of the real thing
-runs, and the scores of a sweep mean nothing. The checkpoint holds a VisionSelector scorer beside the backbone, where a
-released VisionSelector checkpoint holds it.
+`python -m visionselector_eval.models.tiny.build FOLDER` writes it from nothing, deterministically. The weights are
+random (seeded), scaled so that the greedy answers depend on the picture and the question: every code path of the real
+thing runs, and the scores of a sweep mean nothing. The checkpoint holds a VisionSelector scorer beside the backbone,
+where a released VisionSelector checkpoint holds it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -84,9 +85,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+WIDTH = 64  # of the LLM and of the vision tower
+
+
 def config(tokens: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    """The tiny architecture: LLM width 64, 4 layers; vision tower width 64, 4 blocks, full attention in blocks 1 and 3."""
-    ids = {
+    """LLM: width 64, 4 layers. Vision tower: width 64, 4 blocks, full attention in blocks 1 and 3."""
+    ids: dict[str, Any] = {
         name: tokens.convert_tokens_to_ids(f"<|{name}|>")
         for name in ("image_pad", "video_pad", "vision_start", "vision_end")
     }
@@ -94,7 +98,7 @@ def config(tokens: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokens),
-            "hidden_size": 64,
+            "hidden_size": WIDTH,
             "intermediate_size": 128,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
@@ -106,10 +110,10 @@ def config(tokens: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
         },
         vision_config={
             "depth": 4,
-            "hidden_size": 64,
+            "hidden_size": WIDTH,
             "intermediate_size": 96,
             "num_heads": 4,
-            "out_hidden_size": 64,
+            "out_hidden_size": WIDTH,
             "fullatt_block_indexes": [1, 3],
             "window_size": 112,
             "tokens_per_second": 2,
@@ -143,7 +147,7 @@ def build(folder: Path, seed: int = 0) -> None:
     tokens = tokenizer()
     cfg = config(tokens)
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(cfg)
+    model: Any = Qwen2_5_VLForConditionalGeneration(cfg)
     randomise(model, seed)
     with (
         torch.no_grad()
@@ -156,14 +160,14 @@ def build(folder: Path, seed: int = 0) -> None:
         eos_token_id=[tokens.eos_token_id, tokens.pad_token_id],
         pad_token_id=tokens.pad_token_id,
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokens.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(IMAGE_PROCESSOR, indent=2) + "\n")
     video = {**IMAGE_PROCESSOR, "video_processor_type": "Qwen2VLVideoProcessor"}
     del video["image_processor_type"]
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n")
 
-    width = cfg.text_config.hidden_size
+    width = WIDTH
     scorer = {
         f"visual.importance_scorer.{name}.{part}": torch.empty(shape)
         for name in ("q_proj", "k_proj")
