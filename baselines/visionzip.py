@@ -1,0 +1,116 @@
+"""`visionzip`: dominant tokens by received attention, the rest merged into contextual ones (METHODS 3.2)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from .base import Compressor, InputError, Selection, VisualTokens, top_k, working_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionZip(Compressor):
+    """Keeps the most attended tokens and merges the others into a few contextual tokens.
+
+    Of K kept tokens C are contextual, C = min(max(1, floor(contextual * N)), K // 2), and D = K - C dominant:
+    exactly K in all, for every budget. Source: arXiv 2412.04467 in its Qwen2.5-VL form, METHODS 3.2.
+    `upstream_exact` keeps D = int((r - contextual) * N) and C = max(1, int(contextual * N)) (often fewer than
+    r * N; D = 0 for small r) over all of a prompt's images at once. Attention never crosses images here;
+    upstream's does.
+    """
+
+    name = "visionzip"
+    needs = frozenset({"received", "keys"})
+
+    contextual: float = field(
+        default=0.05,
+        metadata={"help": "share of all tokens that becomes contextual (merged) ones; 0 keeps a single one"},
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.contextual < 1:  # also refuses nan
+            raise InputError(
+                f"option contextual={self.contextual!r} of method 'visionzip' is not usable: give a share of "
+                "all visual tokens, 0 <= contextual < 1, for example contextual=0.05"
+            )
+
+    def upstream_count(self, n: int, ratio: float) -> int:
+        # Upstream's own arithmetic to the letter: int((0.15 - 0.05) * 40) is 3 in binary.
+        return max(0, int((ratio - self.contextual) * n)) + max(1, int(self.contextual * n))
+
+    def _contextual_count(self, n: int, count: int) -> int:
+        if self.upstream_exact:
+            return min(count, max(1, int(self.contextual * n)))
+        # The slack is that of `Share.count`: 0.29 * 100 is 28.999999999999996 in binary.
+        return min(max(1, math.floor(self.contextual * n + 1e-9)), count // 2)
+
+    def compress(self, tokens: VisualTokens, count: int) -> Selection:
+        """Keep `count` of N tokens, the contextual ones at their targets' places.
+
+        Returns
+        -------
+        kept: (count,) int64; features: (count, D) in the features' dtype, a dominant token unchanged, a
+        contextual one x_target + mean(x of the tokens that joined it), summed in float32 (float64 for
+        float64); scores: the received attention, (N,).
+
+        Raises
+        ------
+        InputError: where the trace lacks `received` or `keys`.
+        """
+        features, n = tokens.features, tokens.features.shape[0]
+        trace = tokens.trace
+        received = trace.received if trace is not None else None
+        keys = trace.keys if trace is not None else None
+        if received is None or keys is None:
+            missing = [name for name, value in (("received", received), ("keys", keys)) if value is None]
+            raise InputError(
+                f"visionzip needs the encoder's {' and '.join(missing)}, which tokens.trace does not "
+                "hold: use a backbone that traces its encoder's attention, or a method that reads features "
+                "alone such as divprune"
+            )
+        contextual = self._contextual_count(n, count)
+        dominant = top_k(received, count - contextual)
+        if contextual == 0:  # count is 1: nothing to merge into
+            return Selection(kept=dominant, scores=received)
+
+        rest = _complement(n, dominant)
+        places = torch.arange(contextual, device=features.device) * max(1, rest.shape[0] // contextual)
+        targets, joining = rest[places], rest[_complement(rest.shape[0], places)]
+        merged = _merge(features, keys, targets, joining)
+
+        kept = torch.cat([dominant, targets]).sort().values
+        rows = features[kept]
+        rows[torch.searchsorted(kept, targets)] = merged.to(features.dtype)
+        return Selection(kept=kept, features=rows, scores=received)  # type: ignore[arg-type]
+
+
+def _complement(n: int, chosen: Tensor) -> Tensor:
+    """Indices i < n that are not in `chosen`, ascending. The host knows how many (unlike `nonzero`)."""
+    taken = torch.zeros(n, dtype=torch.uint8, device=chosen.device).index_fill_(0, chosen, 1)
+    return torch.sort(taken, stable=True).indices[: n - chosen.shape[0]]
+
+
+def _merge(features: Tensor, keys: Tensor, targets: Tensor, joining: Tensor) -> Tensor:
+    """(C, D) `x_target + mean(x_joined)`: each token of `joining` joins the target with the most similar key.
+
+    Among equal keys, up to rounding, the first target wins. The target is not in the mean, so its norm about
+    doubles; that is the published method. A target that nothing joins stays as it is.
+    """
+    unit = normalize(keys.to(working_dtype(keys)), dim=-1, eps=1e-12)
+    similarity = unit[joining] @ unit[targets].T
+    slack = 8 * torch.finfo(similarity.dtype).eps  # equal keys differ by rounding, see divprune
+    owner = (similarity >= similarity.amax(dim=1, keepdim=True) - slack).to(torch.uint8).argmax(dim=1)
+
+    members = features[joining].to(working_dtype(features))
+    sums = members.new_zeros(targets.shape[0], members.shape[1])
+    # The one that adds in a fixed order: index_add_ does not on CUDA, index_put_ does not on the CPU.
+    if sums.is_cuda:
+        sums.index_put_((owner,), members, accumulate=True)
+    else:
+        sums.index_add_(0, owner, members)
+    sizes = members.new_zeros(targets.shape[0]).index_add_(0, owner, members.new_ones(owner.shape[0]))
+    return features[targets].to(sums.dtype) + sums / sizes.clamp(min=1)[:, None]

@@ -1,0 +1,459 @@
+"""METHODS 7.1 for every compressor that chooses tokens, and cheap forms against naive ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from visionselector_eval.baselines import (
+    Compressor,
+    EncoderTrace,
+    InputError,
+    Selection,
+    Share,
+    Tokens,
+    VisualTokens,
+    available,
+    build,
+    registry,
+    top_k,
+)
+from visionselector_eval.baselines.divprune import pick_order
+from visionselector_eval.harness.benchmarks.compressors import (
+    Allocations,
+    naive_divprune,
+    naive_received,
+    naive_scores,
+    naive_visionzip,
+)
+from visionselector_eval.harness.benchmarks.compressors import main as benchmark
+from visionselector_eval.models.visionselector import Scorer, soft_topk
+
+SIZES = (1, 2, 3, 5, 8, 15, 16, 17, 576, 2048)
+RATIOS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+WIDTH = 12
+# Down-sampling acts on pixels: there are no tokens to choose from.
+NAMES = [name for name in available() if name in registry.BUILTIN and name != "downsample"]
+CHOOSERS = [name for name in NAMES if name != "full"]
+COSINE = ["divprune", "visionzip"]
+RULES = [False, True]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small products gain nothing from a second core, and lose a lot where another process has it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def random_scorer(width: int = WIDTH) -> Scorer:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"q_proj.weight": (5, width), "q_proj.bias": (5,), "k_proj.weight": (5, width), "k_proj.bias": (5,)}
+    return Scorer.from_state({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
+
+
+def make(name: str, width: int = WIDTH, **options: Any) -> Compressor:
+    if name == "visionselector":
+        options["scorer"] = random_scorer(width)
+    return build(name, **options)
+
+
+def some_tokens(n: int, features: Tensor | None = None, width: int = WIDTH, dtype=torch.float32) -> VisualTokens:
+    generator = torch.Generator().manual_seed(n)
+    drawn = torch.randn(n, width, generator=generator, dtype=torch.float64).to(dtype)
+    keys = torch.randn(n, 7, generator=generator)
+    received = torch.rand(n, generator=generator)
+    return VisualTokens(
+        features=drawn if features is None else features,
+        grid=(1, 1, n),
+        trace=EncoderTrace(received=received, keys=keys, cls=received),
+        key=f"document {n}",
+    )
+
+
+def check(selection: Selection, tokens: VisualTokens, count: int) -> list[int]:
+    n = tokens.features.shape[0]
+    assert selection.kept.dtype == torch.int64
+    kept = selection.kept.tolist()
+    assert len(kept) == count
+    assert kept == sorted(set(kept))
+    assert 0 <= kept[0] <= kept[-1] < n
+    if selection.features is not None:
+        assert selection.features.shape == (count, tokens.features.shape[1])
+        assert selection.features.dtype == tokens.features.dtype
+        assert not selection.features.isnan().any()
+    if selection.scores is not None:
+        assert selection.scores.shape == (n,)
+        assert selection.scores.dtype in (torch.float32, torch.float64)
+    return kept
+
+
+@pytest.mark.parametrize("upstream_exact", RULES)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n", SIZES)
+def test_exact_count_ascending_unique_in_range(name, n, upstream_exact):
+    compressor, tokens = make(name, upstream_exact=upstream_exact), some_tokens(n)
+    for ratio in RATIOS:
+        count = compressor.count(n, Share(ratio))
+        assert 1 <= count <= n
+        if not upstream_exact and name != "full":
+            assert count == min(n, max(1, math.floor(ratio * n + 1e-9)))
+        kept = check(compressor.compress(tokens, count), tokens, count)
+        if ratio == 1.0:
+            assert kept == list(range(n))
+    if name != "full":
+        for number in {1, 2, n - 1, n} & set(range(1, n + 1)):
+            assert compressor.count(n, Tokens(number)) == number
+            check(compressor.compress(tokens, number), tokens, number)
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "ratio", "count"),
+    [
+        ("divprune", 5, 0.5, 2),  # round(2.5), half to even
+        ("divprune", 7, 0.5, 4),
+        ("divprune", 3, 0.1, 1),  # upstream keeps none
+        ("divprune", 576, 0.098, 56),
+        ("visionselector", 100, 0.29, 28),  # int(28.999999999999996)
+        ("visionselector", 3, 0.1, 1),
+        ("visionzip", 40, 0.15, 5),  # int(0.09999999999999999 * 40) + 2
+        ("visionzip", 576, 0.2, 114),  # int(86.4) + int(28.8)
+        ("visionzip", 2048, 0.1, 204),
+        ("visionzip", 2048, 0.05, 102),  # no dominant token
+        ("visionzip", 16, 0.01, 1),
+        ("random", 100, 0.29, 29),
+    ],
+)
+def test_upstream_rounding(name, n, ratio, count):
+    assert make(name, upstream_exact=True).count(n, Share(ratio)) == count
+
+
+@pytest.mark.parametrize("upstream_exact", RULES)
+def test_scope_follows_the_rule_set(upstream_exact):
+    for name in NAMES:
+        assert make(name, upstream_exact=upstream_exact).scope == ("prompt" if upstream_exact else "item")
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("name", ["divprune", "visionselector"])
+def test_equal_tokens_give_the_lowest_indices(name, n):
+    row = torch.randn(1, 3584 if n < 100 else 64, generator=torch.Generator().manual_seed(0))
+    tokens = some_tokens(n, features=row.repeat(n, 1))
+    for count in {1, max(1, n // 3), n}:
+        assert make(name, width=row.shape[1]).compress(tokens, count).kept.tolist() == list(range(count))
+
+
+def test_equal_attention_gives_the_lowest_indices():
+    tokens = VisualTokens(
+        features=torch.randn(20, 4), grid=(1, 4, 5), trace=EncoderTrace(received=torch.ones(20), keys=torch.ones(20, 3))
+    )
+    # Dominant 0..4; of the rest 5..19 one target, its first.
+    assert build("visionzip").compress(tokens, 6).kept.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("upstream_exact", RULES)
+@pytest.mark.parametrize("name", CHOOSERS)
+def test_duplicates_and_zero_rows(name, upstream_exact, dtype):
+    distinct = some_tokens(9, dtype=dtype).features
+    features = torch.cat([distinct, distinct, torch.zeros(4, WIDTH, dtype=dtype), distinct.flip(0)])
+    n = features.shape[0]
+    tokens = some_tokens(n, features=features)
+    for count in range(1, n + 1):
+        check(make(name, upstream_exact=upstream_exact).compress(tokens, count), tokens, count)
+    everything_zero = some_tokens(n, features=torch.zeros_like(features))
+    check(make(name, upstream_exact=upstream_exact).compress(everything_zero, 11), everything_zero, 11)
+
+
+def test_divprune_takes_a_copy_only_when_nothing_else_is_left():
+    distinct = some_tokens(9).features
+    features = torch.cat([distinct, distinct, distinct])[torch.randperm(27, generator=torch.Generator().manual_seed(3))]
+    first_nine = pick_order(features, 9)
+    assert torch.unique(features[first_nine], dim=0).shape[0] == 9
+    assert sorted(pick_order(features, 27).tolist()) == list(range(27))
+
+
+def test_divprune_reads_broken_rows_as_zeros():
+    features = some_tokens(40).features
+    features[3], features[7] = torch.nan, torch.inf
+    cleaned = features.clone()
+    cleaned[3], cleaned[7] = 0, 0
+    assert pick_order(features, 20).tolist() == pick_order(cleaned, 20).tolist()
+
+
+@pytest.mark.parametrize("factor", [2.0**-20, 0.37, 5000.0])
+@pytest.mark.parametrize("name", COSINE)
+def test_scale_changes_nothing_for_cosines(name, factor):
+    tokens = some_tokens(300, dtype=torch.float64)
+    assert tokens.trace is not None
+    assert tokens.trace.keys is not None
+    scaled = VisualTokens(
+        features=tokens.features * factor,
+        grid=tokens.grid,
+        trace=EncoderTrace(received=tokens.trace.received, keys=tokens.trace.keys * factor),
+    )
+    ours, theirs = make(name).compress(tokens, 60), make(name).compress(scaled, 60)
+    assert ours.kept.tolist() == theirs.kept.tolist()
+    if ours.features is not None:
+        torch.testing.assert_close(ours.features * factor, theirs.features)
+
+
+def test_random_depends_on_document_and_seed_alone():
+    def kept(key: str, seed: int, count: int = 30, width: int = 4) -> list[int]:
+        tokens = VisualTokens(features=torch.randn(100, width), grid=(1, 10, 10), key=key)
+        return build("random", seed=seed).compress(tokens, count).kept.tolist()
+
+    assert kept("a", 0) == kept("a", 0, width=9)
+    assert kept("a", 0) != kept("a", 1)
+    assert kept("a", 0) != kept("b", 0)
+    assert set(kept("a", 0, count=10)) < set(kept("a", 0))
+    # Pinned: the draw may not change between processes, machines or releases of ours without notice.
+    assert kept("a", 0, count=5) == [0, 10, 18, 62, 87]
+
+
+def test_uniform_is_centred():
+    for n, count, kept in ((16, 4, [2, 6, 10, 14]), (10, 3, [1, 5, 8]), (5, 5, [0, 1, 2, 3, 4]), (7, 1, [3])):
+        tokens = VisualTokens(features=torch.zeros(n, 2), grid=(1, 1, n))
+        assert build("uniform").compress(tokens, count).kept.tolist() == kept
+
+
+@pytest.mark.parametrize("upstream_exact", RULES)
+@pytest.mark.parametrize(("n", "count"), [(5, 2), (16, 3), (17, 9), (100, 20), (100, 99), (576, 57)])
+def test_visionzip_merges_every_dropped_token_once(n, count, upstream_exact):
+    # One-hot features: a merged row then spells out which tokens are in it.
+    tokens = some_tokens(n, features=torch.eye(n, dtype=torch.float64))
+    compressor = build("visionzip", upstream_exact=upstream_exact)
+    selection = compressor.compress(tokens, count)
+    kept = selection.kept.tolist()
+    assert selection.features is not None
+    seen = torch.zeros(n)
+    for place, row in zip(kept, selection.features, strict=True):
+        assert row[place] == 1
+        members = [i for i in row.nonzero()[:, 0].tolist() if i != place]
+        assert not set(members) & set(kept)
+        if members:
+            torch.testing.assert_close(row[members], torch.full((len(members),), 1 / len(members), dtype=row.dtype))
+        seen[members] += 1
+    dropped = [i for i in range(n) if i not in kept]
+    assert (seen[dropped] == 1).all()
+    assert seen.sum() == len(dropped)
+
+
+def test_visionzip_keeps_one_token_without_merging():
+    selection = build("visionzip").compress(some_tokens(50), 1)
+    assert selection.features is None
+
+
+# --- cheap forms against naive ones ---------------------------------------------------------------------------------
+
+
+@st.composite
+def awkward_rows(draw: st.DrawFn, smallest: int = 1, largest: int = 300, width: int = 5) -> Tensor:
+    """(N, width) float64: random rows, or small whole numbers, which bring equal, opposite and zero rows along."""
+    n = draw(st.integers(smallest, largest))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    if draw(st.booleans()):
+        return torch.randint(-1, 2, (n, width), generator=generator).double()
+    rows = torch.randn(n, width, generator=generator, dtype=torch.float64)
+    copies = torch.randint(0, n, (n,), generator=generator)
+    rows = torch.where(torch.rand(n, 1, generator=generator) < draw(st.sampled_from([0.0, 0.3])), rows[copies], rows)
+    return torch.where(torch.rand(n, 1, generator=generator) < 0.05, 0.0, rows)
+
+
+few = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@few
+@given(features=awkward_rows(), share=st.floats(0.01, 1))
+def test_divprune_equals_the_full_matrix_form(features, share):
+    count = max(1, int(share * features.shape[0]))
+    assert pick_order(features, count).tolist() == naive_divprune(features, count)
+
+
+@pytest.mark.parametrize("n", [511, 512, 513, 2047, 2048, 2049, 2600])
+def test_divprune_order_does_not_depend_on_how_much_is_held(n):
+    features = torch.randn(n, 32, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    assert pick_order(features, 40).tolist() == naive_divprune(features, 40)
+
+
+@few
+@given(features=awkward_rows(), keys=awkward_rows(300, 300), share=st.floats(0.01, 1), contextual=st.floats(0, 0.4))
+def test_visionzip_equals_the_form_that_goes_token_by_token(features, keys, share, contextual):
+    n = features.shape[0]
+    keys, received = keys[:n], features.abs().sum(dim=1)  # whole numbers half of the time: many ties
+    count = max(1, int(share * n))
+    merged_count = min(max(1, math.floor(contextual * n + 1e-9)), count // 2)
+    tokens = VisualTokens(features=features, grid=(1, 1, n), trace=EncoderTrace(received=received, keys=keys))
+    selection = build("visionzip", contextual=contextual).compress(tokens, count)
+    naive = naive_visionzip(features, keys, received, count - merged_count, merged_count)
+    assert selection.kept.tolist() == sorted([*naive.dominant, *naive.joined])
+    rows = torch.stack([naive.merged.get(i, features[i]) for i in selection.kept.tolist()])
+    torch.testing.assert_close(features[selection.kept] if selection.features is None else selection.features, rows)
+
+
+@few
+@given(features=awkward_rows(), hidden=st.integers(1, 7))
+def test_scores_equal_the_quadratic_form(features, hidden):
+    torch.manual_seed(hidden)
+    scorer = Scorer(5, hidden).double()
+    for parameter in scorer.parameters():
+        torch.nn.init.normal_(parameter)
+    torch.testing.assert_close(scorer(features), naive_scores(scorer, features), rtol=1e-11, atol=1e-12)
+    row = torch.zeros(features.shape[0], dtype=torch.long)
+    assert scorer(features[row]).unique().numel() == 1  # equal tokens, bitwise equal scores
+
+
+def test_scores_stay_in_full_precision():
+    scorer, features = random_scorer(), some_tokens(64).features
+    exact = naive_scores(random_scorer().double(), features.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = scorer(features)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), exact, rtol=1e-5, atol=1e-5)
+    assert scorer(features.bfloat16()).dtype == torch.float32
+    assert scorer(features.double()).dtype == torch.float64
+
+
+def test_gradient_of_the_query_bias_is_zero_through_the_mask():
+    scorer = random_scorer().requires_grad_(True)
+    mask = soft_topk(scorer(some_tokens(30).features)[None], 6)
+    (mask * torch.rand(1, 30)).sum().backward()
+    assert scorer.q_proj.bias.grad is not None
+    assert scorer.k_proj.weight.grad is not None
+    assert scorer.q_proj.bias.grad.abs().max() < 1e-5 * scorer.k_proj.weight.grad.abs().max()
+
+
+def test_naive_attention_sums_to_the_number_of_queries():
+    q, k = torch.randn(3, 10, 4), torch.randn(3, 10, 4)
+    torch.testing.assert_close(naive_received(q, k).sum(), torch.tensor(10.0))
+
+
+# --- soft top-k -----------------------------------------------------------------------------------------------------
+
+
+@few
+@given(
+    rows=st.integers(1, 4),
+    n=st.integers(2, 200),
+    share=st.floats(0, 1),
+    spread=st.sampled_from([0.0, 1e-4, 1.0, 50.0]),
+    seed=st.integers(0, 999),
+)
+def test_soft_topk_rows_sum_to_k(rows, n, share, spread, seed):
+    k = min(n - 1, max(1, int(share * n)))
+    scores = torch.randn(rows, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * spread
+    scores.requires_grad_()
+    mask = soft_topk(scores, k)
+    assert ((mask > 0) & (mask < 1)).all() or spread == 50.0
+    torch.testing.assert_close(mask.sum(dim=1), torch.full((rows,), float(k), dtype=torch.float64), atol=1e-6, rtol=0)
+    (gradient,) = torch.autograd.grad(mask, scores, torch.randn_like(mask))
+    assert gradient.sum(dim=1).abs().max() < 1e-9
+    ours = soft_topk(scores, torch.full((rows,), k))
+    assert torch.equal(ours, mask)
+
+
+def test_soft_topk_in_single_and_half_precision():
+    scores = torch.randn(3, 2048)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        mask = soft_topk(scores.to(dtype), 409)
+        assert mask.dtype == torch.float32
+        torch.testing.assert_close(mask.sum(dim=1), torch.full((3,), 409.0), rtol=1e-6, atol=0)
+
+
+def test_soft_topk_bracket_holds_for_one_token_of_very_many():
+    scores = torch.zeros(1, 60_000, dtype=torch.float64)  # a share of 1.7e-5, beyond the published bracket
+    assert soft_topk(scores, 1).sum().item() == pytest.approx(1, abs=1e-9)
+    assert soft_topk(scores, 59_999).sum().item() == pytest.approx(59_999, abs=1e-6)
+
+
+def test_soft_topk_gradient_by_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(3, 9, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: soft_topk(s, 4), scores, eps=1e-6, atol=1e-6)
+    k = torch.tensor([1, 4, 5])
+    valid = torch.arange(9)[None] < torch.tensor([9, 7, 6])[:, None]
+    assert torch.autograd.gradcheck(lambda s: soft_topk(s, k, valid), scores, eps=1e-6, atol=1e-6)
+
+
+def test_soft_topk_ragged_rows_equal_rows_alone():
+    scores = torch.randn(3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sizes, k = [12, 7, 5], torch.tensor([3, 6, 1])
+    valid = torch.arange(12)[None] < torch.tensor(sizes)[:, None]
+    padded = scores.masked_fill(~valid, torch.nan).requires_grad_()  # whatever stands there must not matter
+    mask = soft_topk(padded, k, valid)
+    mask.backward(torch.ones_like(mask).masked_fill(~valid, torch.nan))
+    assert padded.grad is not None
+    for row, size in enumerate(sizes):
+        alone = soft_topk(scores[row : row + 1, :size], int(k[row]))
+        torch.testing.assert_close(mask[row, :size], alone[0])
+        assert (mask[row, size:] == 0).all()
+        assert (padded.grad[row, size:] == 0).all()
+        assert not padded.grad[row].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "k", [0, 5, -1, 6, True, 2.0, torch.tensor([2]), torch.tensor([2.0, 2.0]), torch.tensor([0, 2])]
+)
+def test_soft_topk_refuses_a_bad_k(k):
+    with pytest.raises(InputError):
+        soft_topk(torch.zeros(2, 5), k)
+
+
+def test_soft_topk_refuses_bad_shapes():
+    valid = torch.tensor([[True, True, False], [True, True, True]])
+    for scores, k, mask in (
+        (torch.zeros(3), 1, None),
+        (torch.zeros(2, 3, dtype=torch.long), 1, None),
+        (torch.zeros(2, 3), 2, valid),  # the first row has two places only
+        (torch.zeros(2, 3), 1, valid.float()),
+        (torch.zeros(2, 3), 1, valid[:1]),
+    ):
+        with pytest.raises(InputError):
+            soft_topk(scores, k, mask)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CHOOSERS)
+def test_no_square_array_at_16384_tokens(name):
+    n = 16384
+    tokens = some_tokens(n, width=64)
+    compressor = make(name, width=64)
+    compressor.compress(some_tokens(4, width=64), 2)  # anything loaded once is not what is measured
+    count = 16 if name == "divprune" else n // 5  # each pick allocates the same
+    with Allocations() as allocations:
+        compressor.compress(tokens, count)
+    assert 0 < allocations.largest < n * 1024
+    assert allocations.peak_bytes < 4 * n * 2048
+
+
+def test_allocations_are_counted():
+    with Allocations() as allocations:
+        first = torch.ones(1000) + 1
+        del first
+        second = torch.ones(10, 50).T.contiguous()
+    assert allocations.largest == 1000
+    assert allocations.peak_bytes == 8000
+    assert second.shape == (50, 10)
+
+
+def test_top_k_breaks_ties_by_index_and_ranks_nan_last():
+    assert top_k(torch.tensor([1.0, 2.0, 2.0, torch.nan, 2.0]), 2).tolist() == [1, 2]
+    assert top_k(torch.tensor([torch.nan, -5.0]), 1).tolist() == [1]
+
+
+def test_benchmark_prints_a_row_for_every_chooser(capsys):
+    arguments = ["--tokens", "24", "--width", "8", "--repeats", "1", "--attention"]
+    assert benchmark(arguments) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in [*CHOOSERS, "visionzip: attention"])

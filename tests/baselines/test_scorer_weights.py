@@ -1,0 +1,229 @@
+"""Where VisionSelector's weights are found, and what it says where they are not."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import save_file
+
+from visionselector_eval.baselines import Host, InputError, VisualTokens, build
+from visionselector_eval.models.visionselector import Scorer, load_scorer
+
+WIDTH = 8
+TOKENS = VisualTokens(features=torch.randn(20, WIDTH), grid=(1, 4, 5))
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q_proj.weight": (4, WIDTH), "q_proj.bias": (4,), "k_proj.weight": (4, WIDTH), "k_proj.bias": (4,)}
+    return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+
+
+def prefixed(weights: dict[str, torch.Tensor], prefix: str = "visual.importance_scorer.") -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+def sharded(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """A checkpoint in three shards, the scorer in two of them, the third deliberately absent."""
+    folder.mkdir()
+    names = prefixed(weights)
+    query = {name: tensor for name, tensor in names.items() if "q_proj" in name}
+    key = {name: tensor for name, tensor in names.items() if "k_proj" in name}
+    save_file({**query, "model.embed": torch.zeros(3)}, folder / "model-1.safetensors")
+    save_file(key, folder / "model-2.safetensors")
+    weight_map = dict.fromkeys(query, "model-1.safetensors") | dict.fromkeys(key, "model-2.safetensors")
+    weight_map["model.layers.0.self_attn.q_proj.weight"] = "model-3.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def line(error: pytest.ExceptionInfo[InputError]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_every_kind_of_local_source_gives_the_same_scorer(tmp_path, weights):
+    save_file(weights, tmp_path / "plain.safetensors")
+    own = tmp_path / "own"
+    own.mkdir()
+    save_file(weights, own / "scorer.safetensors")
+    single = tmp_path / "single"
+    single.mkdir()
+    save_file({**prefixed(weights), "lm_head.weight": torch.zeros(2)}, single / "model.safetensors")
+    shards = sharded(tmp_path / "shards", weights)
+
+    expected = Scorer.from_state(weights)(TOKENS.features)
+    prints = set()
+    for source in (tmp_path / "plain.safetensors", own, single, shards):
+        compressor = build("visionselector", scorer=str(source))
+        selection = compressor.compress(TOKENS, 5)
+        assert selection.scores is not None
+        assert torch.equal(selection.scores, expected)
+        bound = compressor.bind(Host(id="host", width=WIDTH))
+        assert bound.compress(TOKENS, 5).kept.tolist() == selection.kept.tolist()
+        prints |= {compressor.fingerprint(), bound.fingerprint()}
+    in_float32 = Scorer.from_state({name: tensor.float() for name, tensor in weights.items()})
+    prints.add(build("visionselector", scorer=in_float32).fingerprint())
+    assert len(prints) == 1
+    assert len(prints.pop()) == 64
+    in_float32.k_proj.bias[0] += 1
+    assert build("visionselector", scorer=in_float32).fingerprint() not in prints
+
+
+def test_weights_of_the_backbone(weights):
+    host = Host(id="host", width=WIDTH, extra_weights={**prefixed(weights), "visual.other": torch.zeros(1)})
+    compressor = build("visionselector")
+    bound = compressor.bind(host)
+    assert bound == compressor
+    assert hash(bound) == hash(compressor)
+    assert bound.fingerprint() == ""
+    expected = Scorer.from_state(weights)(TOKENS.features)
+    assert torch.equal(bound.compress(TOKENS, 5).scores, expected)
+    assert torch.equal(pickle.loads(pickle.dumps(bound)).compress(TOKENS, 5).scores, expected)
+    with pytest.raises(InputError, match="bind it to a backbone"):
+        compressor.compress(TOKENS, 5)
+    # An explicit scorer goes before the backbone's own.
+    other = Scorer(WIDTH).requires_grad_(False)
+    assert torch.equal(build("visionselector", scorer=other).bind(host).score(TOKENS), other(TOKENS.features))
+
+
+def test_no_scorer_anywhere():
+    with pytest.raises(InputError) as error:
+        build("visionselector").bind(Host(id="org/stock", width=WIDTH, extra_weights={"visual.x": torch.zeros(1)}))
+    assert line(error) == (
+        "visionselector needs scorer weights: checkpoint org/stock has no visual.importance_scorer.*; "
+        "give scorer=FOLDER_OR_ID"
+    )
+
+
+def test_scorer_of_another_width(tmp_path, weights):
+    save_file(weights, tmp_path / "scorer.safetensors")
+    with pytest.raises(InputError, match="has width 8 but backbone org/large has 3584") as error:
+        build("visionselector", scorer=str(tmp_path)).bind(Host(id="org/large", width=3584))
+    line(error)
+    with pytest.raises(InputError, match=r"features of shape \(N, 8\), got \(20, 9\)"):
+        build("visionselector", scorer=str(tmp_path)).compress(
+            VisualTokens(features=torch.zeros(20, 9), grid=(1, 4, 5)), 5
+        )
+
+
+def test_a_trained_module_is_used_as_it_stands(weights):
+    scorer = Scorer.from_state(weights)
+    compressor = build("visionselector", scorer=scorer)
+    before = compressor.compress(TOKENS, 5).scores
+    scorer.q_proj.weight.mul_(2)
+    after = compressor.compress(TOKENS, 5).scores
+    assert not torch.equal(before, after)
+    meta = VisualTokens(features=TOKENS.features.to("meta"), grid=TOKENS.grid)
+    first = compressor._on(meta.features.device)
+    assert compressor._on(meta.features.device) is first  # copied once
+    scorer.q_proj.weight.mul_(2)
+    assert compressor._on(meta.features.device) is not first
+
+
+def test_scorer_made_in_inference_mode(tmp_path, weights):
+    save_file(weights, tmp_path / "scorer.safetensors")
+    with torch.inference_mode():
+        compressor = build("visionselector", scorer=str(tmp_path))
+        compressor.compress(TOKENS, 3)
+        compressor._on(torch.device("meta"))
+
+
+def test_start_of_training():
+    scorer = Scorer(512)
+    assert scorer.hidden == 256
+    assert scorer.q_proj.bias.abs().max() == 0
+    assert scorer.k_proj.weight.std().item() == pytest.approx(1e-4, rel=0.02)
+    assert list(scorer.state_dict()) == ["q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias"]
+    parameters = sum(p.numel() for p in Scorer(3584, 1792).parameters())
+    assert parameters == 12_848_640  # METHODS 3.1, 7B
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("k_proj.bias"), "k_proj.bias is missing"),
+        (lambda w: w.update({"k_proj.weight": torch.zeros(4, 9)}), r"k_proj.weight has shape \(4, 9\)"),
+        (lambda w: w.update({"q_proj.bias": torch.zeros(5)}), r"q_proj.bias has shape \(5,\)"),
+        (lambda w: w.update({"q_proj.weight": torch.zeros(5)}), r"q_proj.weight has shape \(5,\)"),
+        (lambda w: w.update({"visual.importance_scorer.norm.weight": torch.zeros(5)}), "is missing"),
+        (lambda w: w.clear(), "holds no scorer"),
+    ],
+)
+def test_unfit_tensors(weights, change, message):
+    change(weights)
+    with pytest.raises(InputError, match=message) as error:
+        Scorer.from_state(weights, "place")
+    assert line(error).startswith("place")
+
+
+def test_unknown_part_and_two_scorers_are_refused(weights):
+    with pytest.raises(InputError, match=r"importance_scorer.norm.weight is unknown"):
+        Scorer.from_state({**prefixed(weights), "visual.importance_scorer.norm.weight": torch.zeros(8)})
+    with pytest.raises(InputError, match="several scorers"):
+        Scorer.from_state({**prefixed(weights), **prefixed(weights, "model.visual.importance_scorer.")})
+
+
+def test_unusable_local_sources(tmp_path, weights):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(b"not safetensors at all")
+    stock = tmp_path / "stock"
+    stock.mkdir()
+    save_file({"lm_head.weight": torch.zeros(2)}, stock / "model.safetensors")
+    broken_index = tmp_path / "broken"
+    broken_index.mkdir()
+    (broken_index / "model.safetensors.index.json").write_text("{")
+    lost_shard = sharded(tmp_path / "lost", weights)
+    (lost_shard / "model-2.safetensors").unlink()
+    for source, message in (
+        (empty, "holds no .safetensors file"),
+        (damaged, "cannot read its safetensors"),
+        (stock, "holds no scorer"),
+        (broken_index, "is damaged"),
+        (lost_shard, "cannot read its safetensors"),
+        (tmp_path / "nothing" / "here", "does not exist"),
+        ("./nothing", "does not exist"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            load_scorer(str(source))
+        line(error)
+
+
+def test_hub_id_while_offline():
+    with pytest.raises(InputError, match=r"scorer 'no-such-owner/no-such-model' is no local file or folder") as error:
+        load_scorer("no-such-owner/no-such-model")
+    assert "give a local folder" in line(error)
+
+
+def test_hub_id_takes_only_the_shards_with_the_scorer(tmp_path, weights, monkeypatch):
+    folder = sharded(tmp_path / "repo", weights)
+    asked = []
+
+    def download(repo: str, name: str) -> str:
+        asked.append(name)
+        if not (folder / name).is_file():
+            raise EntryNotFoundError(f"404: {name}\nsecond line")
+        return str(folder / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    scorer = load_scorer("owner/name")
+    assert torch.equal(scorer.q_proj.bias, weights["q_proj.bias"].float())
+    assert asked == [
+        "scorer.safetensors",
+        "model.safetensors.index.json",
+        "model-1.safetensors",
+        "model-2.safetensors",
+    ]
+    save_file(weights, folder / "scorer.safetensors")
+    asked.clear()
+    load_scorer("owner/name")
+    assert asked == ["scorer.safetensors"]
