@@ -229,8 +229,20 @@ class _Adapted(Compressor):
     def summary(self) -> str:
         return (type(self.wrapped).__doc__ or "").strip().split("\n")[0]
 
+    def count(self, n: int, budget: Budget) -> int:
+        own = getattr(self.wrapped, "count", None)
+        return own(n, budget) if callable(own) else super().count(n, budget)
+
     def compress(self, tokens: VisualTokens, count: int) -> Selection:
         return self.wrapped.compress(tokens, count)
+
+    def bind(self, host: Host) -> Compressor:
+        own = getattr(self.wrapped, "bind", None)
+        return as_compressor(own(host)) if callable(own) else self
+
+    def fingerprint(self) -> str:
+        own = getattr(self.wrapped, "fingerprint", None)
+        return str(own()) if callable(own) else ""
 
 
 def as_compressor(value: Any) -> Compressor:

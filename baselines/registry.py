@@ -105,7 +105,7 @@ def resolve_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _checked(name: str, key: str, value: Any, default: Any) -> Any:
     """`value` where it has the default's type; int becomes float where the default is a float."""
-    if default is None or default is inspect.Parameter.empty or value is None:
+    if default is None or default is inspect.Parameter.empty:
         return value
     if isinstance(default, bool):
         fits = isinstance(value, bool)

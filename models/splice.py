@@ -146,7 +146,9 @@ def select(tokens: VisualTokens, compressor: Compressor, budget: Budget) -> Sele
         raise InputError(f"method '{compressor.name}' asks for {count} of {n} tokens: its count() must give 1..{n}")
     if count == n:
         return Selection(kept=torch.arange(n, device=tokens.features.device))  # type: ignore[arg-type]
-    selection = compressor.compress(tokens, count)
+    # Methods choose their own precision; a surrounding autocast would halve it behind their back.
+    with torch.autocast(tokens.features.device.type, enabled=False):
+        selection = compressor.compress(tokens, count)
     kept = selection.kept
     if kept.dtype != torch.int64 or kept.shape != (count,):
         raise InputError(

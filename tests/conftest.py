@@ -14,7 +14,7 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # tiny tensors: a second thread only waits for the first
 
 
 @pytest.fixture(scope="session")
