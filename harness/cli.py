@@ -145,7 +145,7 @@ def _sweep_parser() -> _Parser:
         epilog=_example(
             "sweep --limit 4",
             "sweep --pretrained Qwen/Qwen2.5-VL-7B-Instruct --methods visionselector divprune visionzip "
-            "--scorer JulietChoo/VisionSelector-Qwen2.5-VL-7B --budgets 0.3 0.2 0.1 --suite visionselector13",
+            "--scorer SCORER_FOLDER_OR_ID --budgets 0.3 0.2 0.1 --suite visionselector13",
             "sweep --methods divprune:upstream_exact=true random --budgets 20% 64tok --tasks tiny_chartqa --dry-run",
         ),
     )
@@ -197,8 +197,11 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 def _print(text: str) -> None:
     """Write a result to stdout; everything else goes to stderr."""
-    sys.stdout.write(text if text.endswith("\n") else text + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader had enough (`| head`); what follows must not fail at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _width() -> int | None:
@@ -254,12 +257,12 @@ def _ask(arguments: argparse.Namespace) -> int:
     from visionselector_eval.models.answering import Answerer, Request, Setting
     from visionselector_eval.models.inputs import MediaSettings, read_image, read_video
 
-    from .spec import MethodSpec
+    from .spec import make_method
 
     method = _method(arguments.method)
     if arguments.scorer:
         method = _with_scorer(method if isinstance(method, dict) else {"name": method, "options": {}}, arguments.scorer)
-    chosen = MethodSpec.model_validate(method)
+    chosen = make_method(method)
     compressor, budget = build(chosen.name, **chosen.options), parse_budget(arguments.budget)
     media = MediaSettings(
         min_pixels=arguments.min_pixels,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import torch
 
 from visionselector_eval.baselines import build, parse_budget
 from visionselector_eval.baselines.base import InputError
-from visionselector_eval.models.answering import Answerer, Request, Setting
+from visionselector_eval.models.answering import Answer, Answerer, PreparedBatch, Request, Setting
 from visionselector_eval.models.generation import generation_arguments
 from visionselector_eval.models.inputs import MediaSettings
 from visionselector_eval.models.loading import load_backbone
@@ -52,6 +52,7 @@ class Unit:
     pretrained, revision, device, dtype, attn_implementation: as for `load_backbone`.
     media: fields of `MediaSettings`. task, base_model, limit: as for `tasks.binding.bind`.
     generation: over the task's own generation settings. batch_size: documents at once.
+    on_bad_document: "fail" the cell, or "skip" the document.
     """
 
     pretrained: str
@@ -65,6 +66,7 @@ class Unit:
     limit: int | None
     generation: Mapping[str, Any]
     batch_size: int
+    on_bad_document: str
     cells: tuple[Work, ...]
 
 
@@ -113,17 +115,14 @@ def bound_task(task: str, base_model: str, limit: int | None) -> binding.BoundTa
     return _bound[key]
 
 
-def settings_of(unit: Unit, backbone: Backbone) -> dict[str, Setting]:
-    """The compressors of a unit's cells by digest, bound to the backbone.
+def bind_compressor(work: Work, backbone: Backbone) -> Setting:
+    """The compressor of a cell, bound to the backbone, at its budget.
 
     Raises
     ------
     InputError: a method that does not fit the backbone (no scorer weights, another width).
     """
-    return {
-        work.digest: Setting(backbone.bind(build(work.method, **work.options)), parse_budget(work.budget), work.seed)
-        for work in unit.cells
-    }
+    return Setting(backbone.bind(build(work.method, **work.options)), parse_budget(work.budget), work.seed)
 
 
 def document_requests(bound: binding.BoundTask, generation: Mapping[str, Any]) -> list[tuple[Document, Request]]:
@@ -165,13 +164,18 @@ def answer_unit(unit: Unit) -> Iterator[Event]:
 
     Raises
     ------
-    InputError: the backbone or the task can't be loaded, or a method does not fit the backbone.
+    InputError: the backbone or the task can't be loaded.
     """
     backbone = backbone_of(unit)
-    settings = settings_of(unit, backbone)
+    settings: dict[str, Setting] = {}
+    for work in unit.cells:
+        try:
+            settings[work.digest] = bind_compressor(work, backbone)
+        except Exception as error:
+            yield Failed(work.digest, reason_of(error))
     bound = bound_task(unit.task, unit.base_model, unit.limit)
     answerer = Answerer(backbone, MediaSettings(**unit.media))
-    alive = {work.digest: work for work in unit.cells}
+    alive = {work.digest: work for work in unit.cells if work.digest in settings}
     for number, batch in enumerate(batches_of(document_requests(bound, unit.generation), unit.batch_size)):
         # Cells with the same documents left share the decode and the vision pass: all of them, but for a cell that was
         # begun with another batch size.
@@ -180,38 +184,82 @@ def answer_unit(unit: Unit) -> Iterator[Event]:
             if left := tuple(document for document, _ in batch if document not in work.done):
                 waiting.setdefault(left, []).append(digest)
         for left, digests in waiting.items():
-            requests = [request for document, request in batch if document in left]
+            asked = [(document, request) for document, request in batch if document in left]
             try:
-                prepared = answerer.prepare(requests, [settings[d] for d in digests])
+                prepared, skipped = _prepare(answerer, asked, [settings[d] for d in digests], unit.on_bad_document)
             except Exception as error:
                 for digest in digests:
-                    yield Failed(digest, _reason(error))
+                    yield Failed(digest, reason_of(error))
                     del alive[digest]
                 continue
             for digest in digests:
                 started = time.perf_counter()
                 try:
-                    answers = answerer.answer(prepared, settings[digest])
+                    answers = answerer.answer(prepared, settings[digest]) if prepared is not None else []
                 except Exception as error:
-                    yield Failed(digest, _reason(error))
+                    yield Failed(digest, reason_of(error))
                     del alive[digest]
                     continue
-                plain = [
-                    {
-                        "task": task,
-                        "doc_id": doc_id,
-                        "answer": answer.text,
-                        "kept_tokens": answer.kept_tokens,
-                        "total_tokens": answer.total_tokens,
-                        "prompt_tokens": answer.prompt_tokens,
-                        "new_tokens": answer.new_tokens,
-                    }
-                    for (task, doc_id), answer in zip(left, answers, strict=True)
-                ]
-                yield Answered(digest, number, plain, time.perf_counter() - started)
+                yield Answered(digest, number, _plain(left, answers, skipped), time.perf_counter() - started)
 
 
-def _reason(error: Exception) -> str:
+def _prepare(
+    answerer: Answerer, asked: list[tuple[Document, Request]], settings: list[Setting], on_bad_document: str
+) -> tuple[PreparedBatch | None, dict[Document, str]]:
+    """A batch, prepared, and the documents that had to be left out of it with the reason.
+
+    Raises
+    ------
+    InputError: a document that can't be read, named, unless it is to be skipped.
+    """
+    try:
+        return answerer.prepare([request for _, request in asked], settings), {}
+    except InputError as error:
+        broken: dict[Document, str] = {}
+        for document, request in asked:  # one by one, to find out which
+            try:
+                answerer.inputs([request])
+            except InputError as cause:
+                task, doc_id = document
+                named = f"document {doc_id} of {task}"
+                broken[document] = str(cause) if named in str(cause) else f"{named}: {cause}"
+        if not broken:
+            raise
+        if on_bad_document == "fail":
+            raise InputError(next(iter(broken.values()))) from error
+    for reason in broken.values():
+        log.warning("skipped: %s", reason)
+    readable = [request for document, request in asked if document not in broken]
+    return (answerer.prepare(readable, settings) if readable else None), broken
+
+
+def _plain(
+    documents: Sequence[Document], answers: list[Answer], skipped: Mapping[Document, str]
+) -> list[dict[str, Any]]:
+    """Answers as plain data for the journal; a skipped document has an empty one, with the reason."""
+    left = iter(answers)
+    nothing = Answer(text="", kept_tokens=0, total_tokens=0, prompt_tokens=0, new_tokens=0)
+    plain = []
+    for task, doc_id in documents:
+        reason = skipped.get((task, doc_id), "")
+        answer = nothing if reason else next(left)
+        plain.append(
+            {
+                "task": task,
+                "doc_id": doc_id,
+                "answer": answer.text,
+                "kept_tokens": answer.kept_tokens,
+                "total_tokens": answer.total_tokens,
+                "prompt_tokens": answer.prompt_tokens,
+                "new_tokens": answer.new_tokens,
+                "skipped": reason,
+            }
+        )
+    return plain
+
+
+def reason_of(error: Exception) -> str:
+    """Why a cell failed, in one line."""
     if isinstance(error, InputError):
         return str(error)
     log.debug("a cell failed", exc_info=error)

@@ -586,6 +586,16 @@ def _problems(backbone: str, own: Mapping[tuple[str, str, str], Mapping[str, _En
             for cell in entry.failed.itertuples():
                 reason = " ".join(str(cell.error).split())[:300]
                 lines.append(f"failed: {backbone}, {label}, {_budget_text(budget)}, {task}, seed {cell.seed}: {reason}")
+    skipped: dict[str, int] = {}
+    for row in own.values():
+        for task, entry in row.items():
+            if len(entry.done) and "n_skipped" in entry.done:
+                skipped[task] = max(skipped.get(task, 0), int(entry.done["n_skipped"].max()))
+    lines += [
+        f"skipped: {backbone}, {task}: {number} documents could not be read and count as unanswered"
+        for task, number in sorted(skipped.items())
+        if number
+    ]
     return lines
 
 

@@ -13,23 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from visionselector_eval.baselines.budget import Budget, Share, parse_budget
 from visionselector_eval.baselines.errors import InputError, unknown
 from visionselector_eval.baselines.registry import options_of, resolve_options
+from visionselector_eval.models.generation import GENERATION_KEYS, generation_arguments
+from visionselector_eval.models.protocols import PROTOCOLS, media_fields
 from visionselector_eval.models.tiny import TINY
-
-Protocol = Literal["auto", "visionselector", "checkpoint"]
-
-# Pixel and frame settings by name. `visionselector`: the published harness (METHODS 4.1): 256 to 2048 tokens a picture,
-# 32 frames of 256 to 768 tokens. `checkpoint`: what the checkpoint's own processor configuration says.
-PROTOCOLS: dict[str, dict[str, Any]] = {
-    "visionselector": {
-        "min_pixels": 256 * 28 * 28,
-        "max_pixels": 1605632,
-        "video_min_pixels": 256 * 28 * 28,
-        "video_max_pixels": 768 * 28 * 28,
-        "max_num_frames": 32,
-        "system_prompt": "You are a helpful assistant.",
-    },
-    "checkpoint": {},
-}
+from visionselector_eval.tasks.suites import check_limit, load_suites, suite
 
 
 class _Strict(BaseModel):
@@ -48,14 +35,20 @@ class MethodSpec(_Strict):
     def _short_forms(cls, value: Any) -> Any:
         if isinstance(value, str):
             return {"name": value}
-        if isinstance(value, Mapping) and "name" in value:
-            known = {"name", "label", "options"}
-            extra = {k: v for k, v in value.items() if k not in known}
-            return {
-                **{k: v for k, v in value.items() if k in known},
-                "options": {**(value.get("options") or {}), **extra},
-            }
-        return value
+        if not isinstance(value, Mapping):
+            return value
+        known = {k: v for k, v in value.items() if k in cls.model_fields}
+        extra = {str(k): v for k, v in value.items() if k not in known}
+        options = value.get("options") or {}
+        if not isinstance(options, Mapping):
+            raise InputError(f"options of method '{value.get('name')}' must be a mapping, got {options!r}")
+        if isinstance(name := value.get("name"), str):
+            own = options_of(name)
+            for key in extra:
+                if key not in own:
+                    raise unknown(f"option of method {name}", key, [*own, *cls.model_fields])
+            return {**known, "options": {**options, **extra}}
+        return {**known, **extra}
 
     @model_validator(mode="after")
     def _check(self) -> MethodSpec:
@@ -113,10 +106,11 @@ class SweepSpec(_Strict):
         default="auto", description="auto (bfloat16 on CUDA, float32 on CPU), float32, bfloat16, float16"
     )
     attn_implementation: str = Field(default="auto", description="auto, sdpa, eager, flash_attention_2")
-    protocol: Protocol = Field(
+    protocol: Literal["auto", "visionselector", "llava_stf", "lmms_eval", "lossless", "checkpoint"] = Field(
         default="auto",
-        description="pixel and frame settings: visionselector (as published), checkpoint (its own processor's), "
-        "auto (checkpoint for the embedded `tiny`, else visionselector)",
+        description="pixel and frame settings: "
+        + "; ".join(f"{name} ({about})" for name, (about, _) in PROTOCOLS.items())
+        + "; auto: checkpoint for the embedded `tiny`, else visionselector",
     )
     min_pixels: int | None = Field(default=None, ge=1, description="smallest area of a picture, over the protocol's")
     max_pixels: int | None = Field(default=None, ge=1, description="largest area of a picture, over the protocol's")
@@ -125,6 +119,16 @@ class SweepSpec(_Strict):
         default=None, gt=0, description="frames a second to show; spread over the video when not given"
     )
     system_prompt: str | None = Field(default=None, description="first turn of every conversation, over the protocol's")
+    jpeg: bool | None = Field(default=None, description="re-encode pictures as JPEG or not, over the protocol's")
+    repeat_frames: bool | None = Field(
+        default=None,
+        description="sample frames as the published harness does: short clips repeat frames, and the clock is made up",
+    )
+    on_bad_document: Literal["fail", "skip"] = Field(
+        default="fail",
+        description="a picture or video that can't be read: fail the cell, or skip the document "
+        "(it counts as unanswered, and the result says how many)",
+    )
     generation: dict[str, Any] = Field(
         default_factory=dict, description="over the tasks' own generation settings, e.g. {max_new_tokens: 16}"
     )
@@ -138,33 +142,43 @@ class SweepSpec(_Strict):
     @field_validator("tasks", "methods", "backbones", "seeds", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str | int | Mapping) else value
+        return [value] if isinstance(value, str | int | float | Mapping) else value
+
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, value: list[int]) -> list[int]:
+        return list(dict.fromkeys(value))
 
     @field_validator("generation")
     @classmethod
     def _generation(cls, value: dict[str, Any]) -> dict[str, Any]:
-        from visionselector_eval.models.generation import GENERATION_KEYS
-
         for key in value:
             if key not in GENERATION_KEYS and key != "until":
                 raise unknown("generation setting", key, [*GENERATION_KEYS, "until"])
+            _check_generation(key, value[key])
         return value
 
     @model_validator(mode="after")
     def _tasks_exist(self) -> SweepSpec:
-        labels = [m.label for m in self.methods]
-        if len(set(labels)) < len(labels):
-            twice = next(label for label in labels if labels.count(label) > 1)
+        if twice := _first_repeated([m.label for m in self.methods]):
             raise InputError(f"method '{twice}' is listed twice: give the two different options or labels")
+        made = {m.label: repr((m.name, sorted(resolve_options(m.name, m.options).items()))) for m in self.methods}
+        if same := _first_repeated(list(made.values())):
+            one, other = [label for label, made_of in made.items() if made_of == same][:2]
+            raise InputError(f"methods '{one}' and '{other}' are the same method with the same options: list it once")
+        if any(m.label == "full" and m.name != "full" for m in self.methods):
+            raise InputError("label 'full' is the name of the row that others are compared with: give another label")
+        if twice := _first_repeated([b.pretrained for b in self.backbones]):
+            raise InputError(f"backbone '{twice}' is listed twice: give each revision of it a run of its own (--name)")
         if self.suite is None and not self.tasks:
             self.suite = "tiny"
-        self.task_names()
+        known = load_suites().tasks
+        for task in self.task_names():
+            check_limit(task, self.limit, known[task].pair if task in known else 1)
         return self
 
     def task_names(self) -> list[str]:
         """The tasks of the suite and those named, each once, in order."""
-        from visionselector_eval.tasks.suites import suite
-
         return list(dict.fromkeys([*(suite(self.suite) if self.suite else []), *self.tasks]))
 
     def media(self, backbone: BackboneSpec) -> dict[str, Any]:
@@ -172,13 +186,8 @@ class SweepSpec(_Strict):
         protocol = self.protocol
         if protocol == "auto":
             protocol = "checkpoint" if backbone.pretrained == TINY else "visionselector"
-        settings = dict(PROTOCOLS[protocol])
-        for key in ("min_pixels", "max_pixels", "max_num_frames", "fps", "system_prompt"):
-            if (value := getattr(self, key)) is not None:
-                settings[key] = value
-                if key in ("min_pixels", "max_pixels") and f"video_{key}" in settings:
-                    settings[f"video_{key}"] = value
-        return settings
+        own = ("min_pixels", "max_pixels", "max_num_frames", "fps", "system_prompt", "jpeg", "repeat_frames")
+        return media_fields(protocol, {key: getattr(self, key) for key in own})
 
     def folder(self) -> Path:
         """Where the run is written."""
@@ -207,17 +216,17 @@ class CellSpec:
 def cells_of(spec: SweepSpec) -> list[CellSpec]:
     """All cells, grouped by backbone and task: one `full` cell each, then method by method, budget by budget.
 
-    Seeds multiply only the methods that draw at random (those with an option `seed`). A budget of 1 is `full` and gets
-    no cell of its own.
+    Seeds multiply only the methods that draw at random (those with an option `seed` that the spec leaves open), and all
+    where answers are sampled. A budget of 1 is `full` and gets no cell of its own.
     """
     cells: list[CellSpec] = []
     budgets = [b for b in map(parse_budget, spec.budgets) if b != Share(1.0)]
-    sampled = float(spec.generation.get("temperature", 0) or 0) > 0
+    sampled = generation_arguments(spec.generation)["do_sample"]
     for backbone in spec.backbones:
         for task in spec.task_names():
             everything = [MethodSpec(name="full")] + [m for m in spec.methods if m.name != "full"]
             for method in everything:
-                drawn = "seed" in options_of(method.name)
+                drawn = "seed" in options_of(method.name) and "seed" not in method.options
                 for budget in [Share(1.0)] if method.name == "full" else budgets:
                     for seed in spec.seeds if drawn or sampled else spec.seeds[:1]:
                         options = resolve_options(method.name, {**({"seed": seed} if drawn else {}), **method.options})
@@ -233,9 +242,11 @@ def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> S
     InputError: missing file, YAML that can't be parsed, unknown field (with the nearest existing one), wrong value.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text())
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"spec '{path}' can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"spec '{path}' is not YAML: it is not text in UTF-8") from error
     except yaml.YAMLError as error:
         raise InputError(f"spec '{path}' is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, Mapping):
@@ -251,8 +262,40 @@ def make_spec(data: Mapping[str, Any]) -> SweepSpec:
         raise _readable(error) from error
 
 
+def make_method(data: Any) -> MethodSpec:
+    """A checked method from its name or a mapping, with the same one-line errors as `make_spec`."""
+    try:
+        return MethodSpec.model_validate(data)
+    except ValidationError as error:
+        raise _readable(error) from error
+
+
+def _check_generation(key: str, value: Any) -> None:
+    if key == "until":
+        fits, wanted = isinstance(value, str) or _all(value, str), "a text or a list of texts"
+    elif key == "do_sample":
+        fits, wanted = isinstance(value, bool), "true or false"
+    elif key in ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty"):
+        fits, wanted = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0, "a number >= 0"
+    else:
+        least = 1 if key in ("max_new_tokens", "num_beams") else 0
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        wanted = f"a whole number >= {least}"
+    if not fits:
+        raise InputError(f"generation setting {key}={value!r} is not usable: give {wanted}")
+
+
+def _all(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _first_repeated(values: Sequence[str]) -> str | None:
+    return next((value for number, value in enumerate(values) if value in values[:number]), None)
+
+
 def _readable(error: ValidationError) -> InputError:
-    first = error.errors()[0]
+    # A mistyped name first: that a needed field is missing is then only its consequence.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InputError):
         return cause

@@ -153,6 +153,7 @@ class CellRecord(BaseModel):
     )
     cluster_key: str | None = Field(default=None, description="field of the document that the samples' `cluster` holds")
     n_documents: int = 0
+    n_skipped: int = Field(default=0, description="documents that could not be read and count as unanswered")
     kept_tokens: float | None = Field(default=None, description="mean over documents that have visual tokens, measured")
     total_tokens: float | None = Field(
         default=None, description="the same mean of the visual tokens before compression"

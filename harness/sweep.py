@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,13 +16,15 @@ import pandas as pd
 
 from visionselector_eval.baselines import build
 from visionselector_eval.baselines.base import InputError
+from visionselector_eval.models.inputs import MediaSettings
 from visionselector_eval.models.loading import (
     checkpoint_family,
     checkpoint_revision,
     choose_attention,
     choose_dtype,
 )
-from visionselector_eval.tasks import binding
+from visionselector_eval.tasks import binding, host
+from visionselector_eval.tasks.suites import load_suites
 
 from .engines import Engine
 from .environment import environment
@@ -33,8 +36,9 @@ from .evaluate import (
     Work,
     answer_unit,
     backbone_of,
+    bind_compressor,
     bound_task,
-    settings_of,
+    reason_of,
 )
 from .spec import BackboneSpec, CellSpec, SweepSpec, cells_of, spec_yaml
 from .store import CellRecord, Run, digest_of
@@ -62,6 +66,7 @@ class Group:
     """Cells that share one loaded model, one decode and one vision pass for each document."""
 
     backbone: BackboneSpec
+    family: str
     task: str
     n_documents: int
     cells: tuple[PlannedCell, ...]
@@ -115,12 +120,15 @@ def plan(spec: SweepSpec, run: Run | None, device: str) -> Plan:
 
     Raises
     ------
-    InputError: a backbone that can't be found, a device or option that can't be used, or no task that can be loaded.
+    InputError: a backbone that can't be found, a device or option that can't be used, a task that does not exist, or no
+        task that can be loaded (one of several that can't be makes its cells fail).
     """
     dtype = choose_dtype(spec.dtype, device)
     attention = choose_attention(spec.attn_implementation, device, dtype)
     revisions = {b.pretrained: checkpoint_revision(b.pretrained, b.revision) for b in spec.backbones}
     families = {b.pretrained: checkpoint_family(b.pretrained, b.revision) for b in spec.backbones}
+    for backbone in spec.backbones:
+        MediaSettings(**spec.media(backbone))  # refuses bounds that contradict each other
     weights: dict[str, str] = {}
     groups: dict[tuple[str, str], list[PlannedCell]] = {}
     sizes: dict[tuple[str, str], int] = {}
@@ -134,6 +142,8 @@ def plan(spec: SweepSpec, run: Run | None, device: str) -> Plan:
                 bound = bound_task(cell.task, families[name], spec.limit)
                 names[key], sizes[key] = (bound.data_hash, _prompts_hash(bound)), bound.n_documents
             except InputError as problem:
+                if not _task_exists(cell.task, families[name]):
+                    raise
                 names[key], problems[key] = ("unavailable", "unavailable"), problem
         data, prompts = names[key]
         compressor_key = json.dumps([cell.method, dict(cell.options)], sort_keys=True, default=str)
@@ -155,6 +165,7 @@ def plan(spec: SweepSpec, run: Run | None, device: str) -> Plan:
             "prompts": prompts,
             "media": spec.media(cell.backbone),
             "generation": spec.generation,
+            "on_bad_document": spec.on_bad_document,
             "dtype": str(dtype).removeprefix("torch."),
             "attention": attention,
             "lmms_eval": version("lmms-eval"),
@@ -169,8 +180,15 @@ def plan(spec: SweepSpec, run: Run | None, device: str) -> Plan:
         raise next(iter(problems.values()))
     return Plan(
         spec,
-        tuple(Group(cells[0].spec.backbone, key[1], sizes.get(key, 0), tuple(cells)) for key, cells in groups.items()),
+        tuple(
+            Group(cells[0].spec.backbone, families[name], task, sizes.get((name, task), 0), tuple(cells))
+            for (name, task), cells in groups.items()
+        ),
     )
+
+
+def _task_exists(task: str, family: str) -> bool:
+    return task in load_suites().tasks or task in host.task_manager(family).task_index
 
 
 def _prompts_hash(bound: binding.BoundTask) -> str:
@@ -220,6 +238,8 @@ def run_sweep(
             }
         )
         result = SweepResult(before=[cell.digest for cell in planned.cells if cell.done])
+        for digest in result.before:  # killed after the record was written, before its journal was removed
+            run.journal(digest).path.unlink(missing_ok=True)
         for cell in planned.cells:
             if cell.error:
                 _fail(run, cell, cell.error, result, progress)
@@ -238,7 +258,9 @@ def run_sweep(
 
 def _preflight(unit: Unit) -> None:
     """Load the first backbone and fit every method to it, so that a mistake shows before any document is read."""
-    settings_of(unit, backbone_of(unit))
+    backbone = backbone_of(unit)
+    for work in unit.cells:
+        bind_compressor(work, backbone)
 
 
 def _unit(spec: SweepSpec, group: Group, run: Run, device: str) -> Unit:
@@ -255,10 +277,11 @@ def _unit(spec: SweepSpec, group: Group, run: Run, device: str) -> Unit:
         attn_implementation=spec.attn_implementation,
         media=spec.media(group.backbone),
         task=group.task,
-        base_model=checkpoint_family(group.backbone.pretrained, group.backbone.revision),
+        base_model=group.family,
         limit=spec.limit,
         generation=spec.generation,
         batch_size=spec.batch_size,
+        on_bad_document=spec.on_bad_document,
         cells=tuple(work(cell) for cell in group.missing),
     )
 
@@ -294,8 +317,7 @@ def _drive(
         elif isinstance(event, Failed):
             _fail(run, cells[event.digest][0], event.reason, result, progress)
         else:  # the unit itself could not go on
-            reason = str(event) if isinstance(event, InputError) else f"{type(event).__name__}: {event}"
-            log.debug("a unit failed", exc_info=event)
+            reason = reason_of(event)
             for work in unit.cells:
                 if work.digest not in result.done and work.digest not in result.failed:
                     _fail(run, cells[work.digest][0], reason, result, progress)
@@ -330,17 +352,19 @@ def _fail(run: Run, cell: PlannedCell, reason: str, result: SweepResult, progres
 
 def _score(run: Run, cell: PlannedCell, group: Group, seconds: float, result: SweepResult, progress: Progress) -> None:
     """Replay the stored answers through lmms-eval's own scoring, and complete the cell."""
-    limit = cell.settings["limit"]
-    bound = bound_task(group.task, checkpoint_family(group.backbone.pretrained, group.backbone.revision), limit)
+    bound = bound_task(group.task, group.family, cell.settings["limit"])
     answers = {(a["task"], a["doc_id"]): a for line in run.journal(cell.digest).read() for a in line["answers"]}
     responses: dict[str, dict[int, str]] = {}
     for (task, doc_id), given in answers.items():
         responses.setdefault(task, {})[doc_id] = given["answer"]
+    submissions = run.folder / "cells" / cell.digest / "submissions"
     try:
-        scored = binding.score(bound, responses, run.folder / "cells" / cell.digest / "submissions")
-    except InputError as error:
-        _fail(run, cell, str(error), result, progress)
+        scored = binding.score(bound, responses, submissions)
+    except Exception as error:  # upstream's code, on answers that nobody has seen before
+        _fail(run, cell, reason_of(error), result, progress)
         return
+    with suppress(OSError):
+        submissions.rmdir()  # most tasks write none
     samples = pd.DataFrame(
         [
             {
@@ -353,7 +377,7 @@ def _score(run: Run, cell: PlannedCell, group: Group, seconds: float, result: Sw
                 "doc_hash": document.doc_hash,
                 **{
                     k: answers[document.task, document.doc_id][k]
-                    for k in ("kept_tokens", "total_tokens", "prompt_tokens", "new_tokens")
+                    for k in ("kept_tokens", "total_tokens", "prompt_tokens", "new_tokens", "skipped")
                 },
             }
             for document in scored.documents
@@ -370,6 +394,7 @@ def _score(run: Run, cell: PlannedCell, group: Group, seconds: float, result: Sw
         mean_of_documents=scored.mean_of_documents,
         cluster_key=bound.entry.cluster_key,
         n_documents=len(samples),
+        n_skipped=int((samples["skipped"] != "").sum()),
         kept_tokens=float(visual["kept_tokens"].mean()) if len(visual) else None,
         total_tokens=float(visual["total_tokens"].mean()) if len(visual) else None,
         seconds=seconds,

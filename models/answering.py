@@ -89,10 +89,19 @@ class Answerer:
 
     def prepare(self, requests: Sequence[Request], settings: Sequence[Setting]) -> PreparedBatch:
         """Decode, preprocess and encode a batch once for all `settings`."""
-        inputs = build_inputs(self.backbone.processor, [r.messages() for r in requests], self.settings)
+        inputs = self.inputs(requests)
         needs = frozenset().union(*(s.compressor.needs for s in settings)) & ALL_TRACES
         inputs = self.backbone.to_device(inputs)
         return PreparedBatch(requests, inputs, self.backbone.encode(inputs, needs))
+
+    def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Decode and preprocess a batch.
+
+        Raises
+        ------
+        InputError: a picture or video that can't be read.
+        """
+        return build_inputs(self.backbone.processor, [r.messages() for r in requests], self.settings)
 
     def answer(self, batch: PreparedBatch, setting: Setting) -> list[Answer]:
         """Answers of a prepared batch under one setting. All requests of a batch share their generation settings."""

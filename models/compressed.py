@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from .answering import Answer, Answerer, Request, Setting
 from .backbones.base import Backbone
 from .inputs import MediaSettings
 from .loading import load_backbone
+from .protocols import media_fields
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +84,8 @@ class VisionSelectorQwen2_5_VL(lmms):
     method, budget: a compressor of `visionselector-eval list` and the share of visual tokens to keep (0.2, 20%, 64tok).
     device, dtype, attn_implementation: as for `load_backbone`, `auto` by default.
     batch_size: samples answered together.
-    min_pixels, max_pixels, video_min_pixels, video_max_pixels, max_num_frames, fps, system_prompt: see `MediaSettings`;
-        the defaults are the published protocol's (METHODS 4.1).
+    protocol: pixel and frame settings by name (lmms_eval, visionselector, llava_stf, lossless, checkpoint); any field
+        of `MediaSettings` (min_pixels, max_pixels, max_num_frames, fps, system_prompt, jpeg, ...) goes over it.
     backbone: (from Python) a loaded backbone to share between settings instead of `pretrained`.
     options: everything else goes to the compressor (upstream_exact=True, scorer=FOLDER, seed=1, ...).
     """
@@ -100,30 +102,17 @@ class VisionSelectorQwen2_5_VL(lmms):
         attn_implementation: str = "auto",
         batch_size: int | str = 1,
         revision: str | None = None,
-        min_pixels: int | None = 256 * 28 * 28,
-        max_pixels: int | None = 1605632,
-        video_min_pixels: int | None = 256 * 28 * 28,
-        video_max_pixels: int | None = 768 * 28 * 28,
-        max_num_frames: int = 32,
-        fps: float | None = None,
-        system_prompt: str | None = None,
+        protocol: str = "lmms_eval",
         backbone: Backbone | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
+        media = {f.name: options.pop(f.name) for f in dataclasses.fields(MediaSettings) if f.name in options}
+        settings = MediaSettings(**media_fields(protocol, media))
         self.setting = Setting(build(method, **options), parse_budget(budget))
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 0
         if self.batch_size < 1:
             raise InputError(f"batch_size={batch_size!r} is not usable: give a whole number of at least 1")
-        media = MediaSettings(
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
-            video_min_pixels=video_min_pixels,
-            video_max_pixels=video_max_pixels,
-            max_num_frames=max_num_frames,
-            fps=fps,
-            system_prompt=system_prompt,
-        )
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self._world_size > 1 and torch.cuda.is_available():
@@ -131,7 +120,7 @@ class VisionSelectorQwen2_5_VL(lmms):
         if backbone is None:
             backbone = load_backbone(pretrained, device, dtype, attn_implementation, revision=revision)
         backbone.bind(self.setting.compressor)  # a method that does not fit is refused before any document is read
-        self.answerer = Answerer(backbone, media)
+        self.answerer = Answerer(backbone, settings)
 
     @property
     def device(self) -> torch.device:

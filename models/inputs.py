@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ class MediaSettings:
     max_num_frames: most frames of a video that are shown, evenly spread; never a frame twice.
     fps: frames a second to show (still at most max_num_frames); None spreads max_num_frames over the whole video.
     system_prompt: first turn of every conversation; None leaves the chat template's own.
+    jpeg: re-encode each picture as JPEG at Pillow's default quality, as the published harness does. Hurts small text.
+    pad_square: pad each picture to a square in the mean colour of CLIP's training pictures, as LLaVA does.
+    repeat_frames: the published harness's sampling: 2 frames a second, then exactly `max_num_frames` of these by index,
+        so that short clips show frames several times, and a clock that always says 2 frames a second. Off everywhere
+        unless asked for: repeated frames are free redundancy for a compressor.
     """
 
     min_pixels: int | None = None
@@ -35,6 +41,9 @@ class MediaSettings:
     max_num_frames: int = 32
     fps: float | None = None
     system_prompt: str | None = None
+    jpeg: bool = False
+    pad_square: bool = False
+    repeat_frames: bool = False
 
     def __post_init__(self) -> None:
         for low, high in ((self.min_pixels, self.max_pixels), (self.video_min_pixels, self.video_max_pixels)):
@@ -42,6 +51,19 @@ class MediaSettings:
                 raise InputError(f"pixel bounds {low}..{high} are not usable: give 1 <= min <= max")
         if self.max_num_frames < 1 or (self.fps is not None and not self.fps > 0):
             raise InputError(f"max_num_frames={self.max_num_frames}, fps={self.fps}: both must be positive")
+
+
+_PUBLISHED_FPS, _PUBLISHED_MOST = 2.0, 768  # METHODS 4.1
+_CLIP_MEAN = (122, 116, 104)  # 8-bit mean of CLIP's training pictures
+
+
+def published_frame_indices(total: int, native_fps: float, most: int) -> list[int]:
+    """The frames that the published harness shows: `most` of them, repeated where the clip is short (METHODS 4.1).
+
+    Decoded at 2 frames a second (at most 768), of these `most` by a rounded-down linspace, first and last included.
+    """
+    sampled = frame_indices(total, native_fps, _PUBLISHED_MOST, _PUBLISHED_FPS)
+    return [sampled[int(i)] for i in np.linspace(0, len(sampled) - 1, most)]
 
 
 def frame_indices(total: int, native_fps: float, most: int, fps: float | None) -> list[int]:
@@ -82,7 +104,11 @@ def read_video(path: str | Path, settings: MediaSettings) -> tuple[np.ndarray, d
             if not total:  # some containers do not say: count by reading the packets once
                 total = sum(1 for _ in container.decode(stream))
                 container.seek(0)
-            indices = frame_indices(total, rate or 24.0, settings.max_num_frames, settings.fps)
+            rate = rate or 24.0
+            if settings.repeat_frames:
+                indices = published_frame_indices(total, rate, settings.max_num_frames)
+            else:
+                indices = frame_indices(total, rate, settings.max_num_frames, settings.fps)
             wanted, frames = set(indices), {}
             for number, frame in enumerate(container.decode(stream)):
                 if number in wanted:
@@ -96,7 +122,9 @@ def read_video(path: str | Path, settings: MediaSettings) -> tuple[np.ndarray, d
     if not frames:
         raise InputError(f"video '{path}' has no frames")
     shown = [i for i in indices if i in frames]  # a file may hold fewer frames than its header says
-    metadata = {"fps": rate or 24.0, "frames_indices": shown, "total_num_frames": total}
+    metadata: dict[str, Any] = {"fps": rate, "frames_indices": shown, "total_num_frames": total}
+    if settings.repeat_frames:  # the published clock: frame after frame, half a second apart, whatever the video's
+        metadata = {"fps": _PUBLISHED_FPS, "frames_indices": list(range(len(shown))), "total_num_frames": len(shown)}
     return np.stack([frames[i] for i in shown]), metadata
 
 
@@ -120,6 +148,20 @@ def read_image(value: Any) -> Image.Image:
         raise InputError(
             f"image '{value}' can't be read: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from error
+
+
+def prepare_image(image: Image.Image, settings: MediaSettings) -> Image.Image:
+    """A picture as the protocol wants it, before the processor resizes it."""
+    if settings.jpeg:
+        buffer = BytesIO()
+        image.save(buffer, format="JPEG")
+        image = Image.open(buffer).convert("RGB")
+    if settings.pad_square and image.width != image.height:
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), _CLIP_MEAN)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    return image
 
 
 def build_inputs(
@@ -146,7 +188,7 @@ def build_inputs(
         for message in messages:
             for part in message["content"] if not isinstance(message["content"], str) else ():
                 if part["type"] == "image":
-                    images.append(read_image(part["image"]))
+                    images.append(prepare_image(read_image(part["image"]), settings))
                 elif part["type"] == "video":
                     source = part["video"]
                     frames, about = source if isinstance(source, tuple) else read_video(source, settings)

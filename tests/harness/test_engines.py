@@ -40,6 +40,7 @@ def unit(task: str, cells: int = 2) -> Unit:
         limit=None,
         generation={},
         batch_size=1,
+        on_bad_document="fail",
         cells=tuple(Work(f"{task}-{i}", "full", {}, "1") for i in range(cells)),
     )
 

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from visionselector_eval.baselines import InputError, build
 from visionselector_eval.models.backbones.qwen2_5_vl import received_attention
 from visionselector_eval.models.generation import cut, generation_arguments
-from visionselector_eval.models.inputs import MediaSettings, build_inputs, frame_indices, read_image, read_video
+from visionselector_eval.models.inputs import (
+    MediaSettings,
+    build_inputs,
+    frame_indices,
+    prepare_image,
+    read_image,
+    read_video,
+)
+from visionselector_eval.models.protocols import PROTOCOLS, media_fields
 
 
 @given(
@@ -181,3 +189,38 @@ def test_prompts_that_do_not_fit_their_pictures_are_refused(tiny):
     ):
         with pytest.raises(InputError, match=message):
             tiny.prefill(wrong, build("full"), 1.0)
+
+
+def test_the_published_frame_sampling_repeats_frames_of_short_clips(tmp_path):
+    """32 of 2-a-second frames by index, first and last included, and a clock of 2 a second (METHODS 4.1)."""
+    write_video(tmp_path / "clip.mp4", 25)  # 2.5 s: five frames at 2 a second
+    frames, about = read_video(tmp_path / "clip.mp4", MediaSettings(max_num_frames=8, repeat_frames=True))
+    assert len(frames) == 8
+    assert about == {"fps": 2.0, "frames_indices": list(range(8)), "total_num_frames": 8}
+    distinct = {int(f.mean()) for f in frames}
+    assert len(distinct) == 5
+    once, _ = read_video(tmp_path / "clip.mp4", MediaSettings(max_num_frames=8))
+    assert len({int(f.mean()) for f in once}) == 8
+
+
+def test_protocols_change_the_picture():
+    image = picture(112, 168)
+    assert prepare_image(image, MediaSettings()) is image
+    again = prepare_image(image, MediaSettings(jpeg=True))
+    assert again.size == image.size
+    assert np.asarray(again).tolist() != np.asarray(image).tolist()
+    square = prepare_image(image, MediaSettings(pad_square=True))
+    assert square.size == (168, 168)
+    assert square.getpixel((0, 0)) == (122, 116, 104)
+    assert np.array_equal(np.asarray(square)[28:140], np.asarray(image))
+
+
+def test_protocols_by_name():
+    assert media_fields("checkpoint") == {}
+    assert media_fields("visionselector", {"jpeg": None})["jpeg"] is True
+    own = media_fields("visionselector", {"max_pixels": 300_000, "jpeg": False})
+    assert (own["max_pixels"], own["video_max_pixels"], own["jpeg"]) == (300_000, 300_000, False)
+    for name in PROTOCOLS:
+        MediaSettings(**media_fields(name))
+    with pytest.raises(InputError, match="did you mean 'lossless'"):
+        media_fields("losless")

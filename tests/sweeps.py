@@ -1,0 +1,72 @@
+"""Small sweeps on the embedded checkpoint, run in this process, and what they answered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from visionselector_eval.harness.engines import engine
+from visionselector_eval.harness.evaluate import Answered, Event, Unit, answer_unit
+from visionselector_eval.harness.spec import SweepSpec, make_spec
+from visionselector_eval.harness.store import Run
+from visionselector_eval.harness.sweep import Progress, SweepResult, run_sweep
+
+SMALL: dict[str, Any] = {
+    "methods": ["divprune", "downsample"],
+    "budgets": [0.2],
+    "tasks": ["tiny_chartqa", "tiny_pope"],
+    "limit": 4,
+    "batch_size": 2,
+}
+
+
+class Answering:
+    """`answer_unit` that remembers what it was asked and what it answered."""
+
+    def __init__(self) -> None:
+        self.units: list[Unit] = []
+        self.answers: list[tuple[str, str, int]] = []  # digest, task, document
+
+    def __call__(self, unit: Unit) -> Iterator[Event]:
+        self.units.append(unit)
+        for event in answer_unit(unit):
+            if isinstance(event, Answered):
+                self.answers += [(event.digest, a["task"], a["doc_id"]) for a in event.answers]
+            yield event
+
+
+def small(folder: Path, **fields: Any) -> SweepSpec:
+    """A spec of a few cells that is written to `folder`."""
+    return make_spec({**SMALL, "output": str(folder), **fields})
+
+
+def sweep(
+    folder: Path, *, overwrite: bool = False, answer: Any = answer_unit, progress: Progress | None = None, **fields: Any
+) -> tuple[Run, SweepResult]:
+    """Run a small sweep in this process."""
+    return run_sweep(
+        small(folder, **fields), engine=engine("local"), overwrite=overwrite, answer=answer, progress=progress
+    )
+
+
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every `cell.json` of a run by digest, without what differs from run to run."""
+    found = {}
+    for file in sorted(folder.glob("cells/*/cell.json")):
+        record = json.loads(file.read_text())
+        assert record.pop("seconds") >= 0
+        assert record.pop("finished_at")
+        found[file.parent.name] = record
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below the cells of a run, but for the records."""
+    cells = folder / "cells"
+    return {
+        str(file.relative_to(cells)): file.read_bytes()
+        for file in sorted(cells.rglob("*"))
+        if file.is_file() and file.name != "cell.json"
+    }
