@@ -124,17 +124,26 @@ def _spec_from(arguments: argparse.Namespace) -> Any:
             raise InputError(
                 "--scorer goes with --methods; in a spec file write methods: [{name: visionselector, scorer: ...}]"
             )
-        given["methods"] = [_with_scorer(m, arguments.scorer) for m in methods]
+        given["methods"] = _with_scorer(methods, arguments.scorer)
     return load_spec(arguments.spec, given) if arguments.spec else make_spec(given)
 
 
-def _with_scorer(method: Any, scorer: str) -> Any:
-    name = method if isinstance(method, str) else method["name"]
-    if name != "visionselector":
-        return method
-    options = {} if isinstance(method, str) else method["options"]
-    # The label stays plain: there is one VisionSelector in this sweep, and the record says which weights.
-    return {"name": name, "label": name, "options": {"scorer": scorer, **options}}
+def _with_scorer(methods: Sequence[Any], scorer: str) -> list[Any]:
+    """`methods` with the scorer for VisionSelector, which must be among them."""
+    from .spec import make_method
+
+    plain = [{"name": m, "options": {}} if isinstance(m, str) else m for m in methods]
+    if not any(m["name"] == "visionselector" for m in plain):
+        raise InputError(
+            f"--scorer is for visionselector, which is not among the methods {', '.join(m['name'] for m in plain)}"
+        )
+    # The label says nothing about the scorer: it is the same for all of this sweep, and the record names its weights.
+    return [
+        {**m, "label": make_method(m).label, "options": {"scorer": scorer, **m["options"]}}
+        if m["name"] == "visionselector"
+        else m
+        for m in plain
+    ]
 
 
 def _sweep_parser() -> _Parser:
@@ -145,7 +154,7 @@ def _sweep_parser() -> _Parser:
         epilog=_example(
             "sweep --limit 4",
             "sweep --pretrained Qwen/Qwen2.5-VL-7B-Instruct --methods visionselector divprune visionzip "
-            "--scorer SCORER_FOLDER_OR_ID --budgets 0.3 0.2 0.1 --suite visionselector13",
+            "--scorer JulietChoo/VisionSelector-Qwen2.5-VL-7B --budgets 0.3 0.2 0.1 --suite visionselector13",
             "sweep --methods divprune:upstream_exact=true random --budgets 20% 64tok --tasks tiny_chartqa --dry-run",
         ),
     )
@@ -202,6 +211,10 @@ def _print(text: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader had enough (`| head`); what follows must not fail at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
 
 
 def _width() -> int | None:
@@ -261,7 +274,7 @@ def _ask(arguments: argparse.Namespace) -> int:
 
     method = _method(arguments.method)
     if arguments.scorer:
-        method = _with_scorer(method if isinstance(method, dict) else {"name": method, "options": {}}, arguments.scorer)
+        method = _with_scorer([method], arguments.scorer)[0]
     chosen = make_method(method)
     compressor, budget = build(chosen.name, **chosen.options), parse_budget(arguments.budget)
     media = MediaSettings(
@@ -311,9 +324,14 @@ def _report_parser() -> _Parser:
     parser = _Parser(
         prog=f"{PROGRAM} report",
         description="Rebuild the leaderboard files of a run from its folder alone, and print the table.",
-        epilog=_example("report runs/sweep"),
+        epilog=_example("report runs/sweep", "report runs/sweep --difficulty"),
     )
     parser.add_argument("run", help="run folder of a sweep")
+    parser.add_argument(
+        "--difficulty",
+        action="store_true",
+        help="also how methods fare on the documents that `downsample` loses; writes difficulty.md and .csv",
+    )
     return parser
 
 
@@ -321,8 +339,53 @@ def _report(arguments: argparse.Namespace) -> int:
     from .leaderboard import write
 
     board = write(arguments.run)
+    if arguments.difficulty:
+        from . import difficulty
+
+        split = difficulty.write(arguments.run)  # before anything is printed: it may refuse the run
+        _print(board.to_terminal(_width()) + "\n" + difficulty.to_terminal(split))
+        return EXIT_OK
     _print(board.to_terminal(_width()))
     return EXIT_OK
+
+
+def _smoke_parser() -> _Parser:
+    from .smoke import add_flags
+
+    parser = _Parser(
+        prog=f"{PROGRAM} smoke",
+        description="Run a few documents of each embedded benchmark and compare scores, kept tokens and answers\n"
+        "with a stored expectation: a check for CI. What is not given is as in the expectation, or else the\n"
+        "default. Exit codes: 0 as expected, 2 bad input, 3 something moved or failed.",
+        epilog=_example(
+            "smoke --update --methods divprune uniform --tasks tiny_chartqa tiny_pope --limit 2",
+            "smoke --junit smoke.xml",
+        ),
+    )
+    add_flags(parser)
+    return parser
+
+
+def _smoke(arguments: argparse.Namespace) -> int:
+    from .screen import SweepScreen
+    from .smoke import DEFAULTS, smoke, tolerance_of
+
+    given = {name: value for name in (*DEFAULTS, "tasks") if (value := getattr(arguments, name)) is not None}
+    if "methods" in given:
+        given["methods"] = [_method(text) for text in given["methods"]]
+    tolerance = tolerance_of(arguments.score_tolerance, arguments.kept_tolerance, arguments.answers)
+    with SweepScreen() as screen:
+        report = smoke(
+            given,
+            expect=arguments.expect,
+            update=arguments.update,
+            tolerance=tolerance,
+            junit=arguments.junit,
+            output=arguments.output,
+            progress=screen,
+        )
+    _print(report.text)
+    return EXIT_OK if report.as_expected else EXIT_FAILED_CELLS
 
 
 _LISTS = ("compressors", "backbones", "suites", "tasks")
@@ -349,18 +412,90 @@ def _list(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _doctor_parser() -> _Parser:
-    return _Parser(
-        prog=f"{PROGRAM} doctor",
-        description="Check versions, devices, attention back-ends, entry points, hub and video; say what to do.",
-        epilog=_example("doctor"),
+_TASK_ACTIONS = ("fetch", "list", "layout")
+
+
+def _add_task_flags(parser: argparse.ArgumentParser, data_root: str) -> None:
+    parser.add_argument("--suite", metavar="SUITE", help="a named list of tasks")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks, beside or instead of a suite")
+    parser.add_argument("--data-root", metavar="FOLDER", help=data_root)
+
+
+def _task_names(arguments: argparse.Namespace) -> list[str]:
+    from visionselector_eval.tasks.suites import suite
+
+    return list(dict.fromkeys([*(suite(arguments.suite) if arguments.suite else []), *(arguments.tasks or [])]))
+
+
+def _tasks_parser() -> _Parser:
+    parser = _Parser(
+        prog=f"{PROGRAM} tasks",
+        description="The data of the benchmarks. fetch: download what is missing to a folder that `sweep --data-root`\n"
+        "reads, where a hub is reachable, else print the folder's layout; run it again to go on. list: the tasks.\n"
+        "layout: which files a data root wants.",
+        epilog=_example(
+            "tasks layout --tasks chartqa videomme --data-root /data/benchmarks",
+            "tasks fetch --suite visionselector13 --data-root /data/benchmarks",
+            "tasks list",
+        ),
     )
+    parser.add_argument("action", metavar="|".join(_TASK_ACTIONS), help="one of these")
+    _add_task_flags(parser, "folder of the data, one folder in it for each task")
+    return parser
+
+
+def _tasks(arguments: argparse.Namespace) -> int:
+    from visionselector_eval.baselines.errors import unknown
+
+    if arguments.action not in _TASK_ACTIONS:
+        raise unknown("action of tasks", arguments.action, _TASK_ACTIONS)
+    names = _task_names(arguments)
+    if arguments.action == "list":
+        if names or arguments.data_root:
+            raise InputError("tasks list takes no flags: it lists every task")
+        from .listing import render
+
+        _print(render(["tasks"]))
+        return EXIT_OK
+    if not names:
+        raise InputError(f"tasks {arguments.action} which? give --suite or --tasks, e.g. --tasks chartqa")
+    from . import fetch
+
+    if arguments.action == "layout":
+        _print(fetch.layouts(names, arguments.data_root or "DATA_ROOT"))
+        return EXIT_OK
+    if not arguments.data_root:
+        raise InputError("tasks fetch where to? give --data-root FOLDER")
+    try:
+        results = fetch.fetch(names, arguments.data_root, say=_say)
+    except fetch.HubUnreachable as error:
+        _print(fetch.layouts(error.tasks, arguments.data_root))
+        raise
+    _print(fetch.render(results))
+    return EXIT_FAILED_CELLS if any(result.state == "failed" for result in results) else EXIT_OK
+
+
+def _doctor_parser() -> _Parser:
+    parser = _Parser(
+        prog=f"{PROGRAM} doctor",
+        description="Check versions, devices, attention back-ends, entry points, hub and video; say what to do.\n"
+        "With --suite or --tasks: the data of these tasks instead, and what their code imports. Nothing is downloaded.",
+        epilog=_example(
+            "doctor", "doctor --suite tiny", "doctor --suite visionselector13 --data-root /data/benchmarks"
+        ),
+    )
+    _add_task_flags(parser, "folder of local data, as for sweep; without it, what is in the caches counts")
+    return parser
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from . import doctor
+    from .data_checks import data_checks
 
-    checks = doctor.checks()
+    names = _task_names(arguments)
+    if arguments.data_root and not names:
+        raise InputError("doctor --data-root for which tasks? give --suite or --tasks")
+    checks = data_checks(names, arguments.data_root) if names else doctor.checks()
     _print(doctor.render(checks))
     return doctor.exit_code(checks)
 
@@ -371,7 +506,9 @@ COMMANDS: dict[str, tuple[Callable[[], _Parser], Callable[[argparse.Namespace], 
     "sweep": (_sweep_parser, _sweep, "methods x budgets x benchmarks, and a leaderboard (the default)"),
     "ask": (_ask_parser, _ask, "one question about one image or video"),
     "report": (_report_parser, _report, "rebuild the leaderboard of a run folder"),
+    "smoke": (_smoke_parser, _smoke, "a few documents of each benchmark against a stored expectation, for CI"),
     "list": (_list_parser, _list, "compressors, backbones, suites, tasks"),
+    "tasks": (_tasks_parser, _tasks, "download the data of benchmarks, or say where they belong"),
     "doctor": (_doctor_parser, _doctor, "check this machine and say what to do"),
 }
 
@@ -389,6 +526,7 @@ def _overview() -> str:
 
 def _quiet_libraries(verbose: bool) -> None:
     logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are 20 lines; what failed is said once, by us
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a library's own switch: it warns about forks otherwise
     for noisy in ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "PIL", "matplotlib", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -52,7 +52,7 @@ class Unit:
     pretrained, revision, device, dtype, attn_implementation: as for `load_backbone`.
     media: fields of `MediaSettings`. task, base_model, limit: as for `tasks.binding.bind`.
     generation: over the task's own generation settings. batch_size: documents at once.
-    on_bad_document: "fail" the cell, or "skip" the document.
+    on_bad_document: "fail" the cell, or "skip" the document. data_root: as for `tasks.binding.bind`.
     """
 
     pretrained: str
@@ -68,6 +68,7 @@ class Unit:
     batch_size: int
     on_bad_document: str
     cells: tuple[Work, ...]
+    data_root: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,11 @@ def backbone_of(unit: Unit) -> Backbone:
     return _loaded[key]
 
 
-def bound_task(task: str, base_model: str, limit: int | None) -> binding.BoundTask:
+def bound_task(task: str, base_model: str, limit: int | None, data_root: str | None = None) -> binding.BoundTask:
     """lmms-eval's task with its documents, loaded once in this process."""
-    key = (task, base_model, limit)
+    key = (task, base_model, limit, data_root)
     if key not in _bound:
-        _bound[key] = binding.bind(task, base_model=base_model, limit=limit)
+        _bound[key] = binding.bind(task, base_model=base_model, limit=limit, data_root=data_root)
     return _bound[key]
 
 
@@ -173,7 +174,7 @@ def answer_unit(unit: Unit) -> Iterator[Event]:
             settings[work.digest] = bind_compressor(work, backbone)
         except Exception as error:
             yield Failed(work.digest, reason_of(error))
-    bound = bound_task(unit.task, unit.base_model, unit.limit)
+    bound = bound_task(unit.task, unit.base_model, unit.limit, unit.data_root)
     answerer = Answerer(backbone, MediaSettings(**unit.media))
     alive = {work.digest: work for work in unit.cells if work.digest in settings}
     for number, batch in enumerate(batches_of(document_requests(bound, unit.generation), unit.batch_size)):

@@ -244,7 +244,7 @@ def build_leaderboard(
     environment: what the run ran on, for the footer.
     """
     notes: list[str] = []
-    cells = _prepared(cells, notes)
+    cells = prepared(cells, notes)
     documents = _documents(samples)
     entries: dict[tuple[str, str, str], dict[str, _Entry]] = {}
     for key, group in cells.groupby(["backbone", "label", "budget", "task"], sort=True):
@@ -286,8 +286,9 @@ def build_leaderboard(
     return Leaderboard(tidy_frame, summary_frame, display, task_frame, tuple(notes), dict(environment or {}))
 
 
-def _prepared(cells: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """Defaults filled in, one name for each thing, stale cells left out, in an order of its own."""
+def prepared(cells: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """Cells of `load_run` as every table reads them: defaults filled in, one name for each thing, stale cells left out
+    (`notes` gets a line that says so), in an order of its own."""
     cells = cells.copy()
     for name, default in _DEFAULTS.items():
         if name not in cells.columns:
@@ -538,7 +539,7 @@ def _ranked(
         mean = row["mean_relative"]
         return (
             row["method"] != REFERENCE,
-            *_budget_order(row["budget"]),
+            *budget_order(row["budget"]),
             not row["_comparable"],
             -mean if math.isfinite(mean) else math.inf,
             row["label"],
@@ -574,7 +575,8 @@ def _kind(method: str) -> str:
     return "full" if method == REFERENCE else "control" if method in CONTROLS else "method"
 
 
-def _budget_order(text: str) -> tuple[int, float]:
+def budget_order(text: str) -> tuple[int, float]:
+    """Sort key of a budget: shares from the largest down, then counts from the largest down."""
     budget = parse_budget(text)
     return (0, -budget.ratio) if isinstance(budget, Share) else (1, -float(budget.number))
 
@@ -585,7 +587,7 @@ def _problems(backbone: str, own: Mapping[tuple[str, str, str], Mapping[str, _En
         for task, entry in row.items():
             for cell in entry.failed.itertuples():
                 reason = " ".join(str(cell.error).split())[:300]
-                lines.append(f"failed: {backbone}, {label}, {_budget_text(budget)}, {task}, seed {cell.seed}: {reason}")
+                lines.append(f"failed: {backbone}, {label}, {budget_text(budget)}, {task}, seed {cell.seed}: {reason}")
     skipped: dict[str, int] = {}
     for row in own.values():
         for task, entry in row.items():
@@ -602,7 +604,8 @@ def _problems(backbone: str, own: Mapping[tuple[str, str, str], Mapping[str, _En
 # ---------------------------------------------------------------- text
 
 
-def _budget_text(text: str) -> str:
+def budget_text(text: str) -> str:
+    """A budget as tables show it: 20%, 64tok."""
     budget = parse_budget(text)
     return str(budget) if isinstance(budget, Tokens) else f"{100 * budget.ratio:.4g}%"
 
@@ -661,7 +664,7 @@ def _display(summary: pd.DataFrame, tidy: pd.DataFrame, tasks: pd.DataFrame) -> 
         shown: dict[Any, str] = {
             "backbone": row["backbone"],
             "method": row["label"],
-            "budget": "-" if row["kind"] == "full" else _budget_text(row["budget"]),
+            "budget": "-" if row["kind"] == "full" else budget_text(row["budget"]),
         }
         for task in names:
             line = lines.get((row["backbone"], row["label"], row["budget"], task))

@@ -67,20 +67,25 @@ class SweepScreen(SweepProgress):
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
+            transient=True,  # until the sweep begins: a mistake that shows while loading is one line, without a bar
         )
         self._task = self._bar.add_task("loading", total=None)
         self.total_cells = 0
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        if self._console.is_terminal:
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._bar.live.is_started:
+            self._bar.stop()
 
     def start(self, documents: int) -> None:
+        self._bar.live.transient = False
+        self._bar.start()
         self._bar.update(self._task, total=documents)
 
     def group(self, group: Group) -> None:

@@ -98,6 +98,10 @@ class SweepSpec(_Strict):
         default=None, description="a named list of tasks; `tiny` when neither suite nor tasks are given"
     )
     tasks: list[str] = Field(default_factory=list, description="tasks, beside or instead of a suite")
+    data_root: str | None = Field(
+        default=None,
+        description="folder with the data of the real tasks, used instead of the hub; `tasks layout` prints its layout",
+    )
     seeds: list[int] = Field(default=[0], description="seeds of the methods that draw at random", min_length=1)
     limit: int | None = Field(default=None, ge=1, description="first N documents of each task; all when not given")
     batch_size: int = Field(default=1, ge=1, description="documents answered together")
@@ -173,6 +177,11 @@ class SweepSpec(_Strict):
         if self.suite is None and not self.tasks:
             self.suite = "tiny"
         known = load_suites().tasks
+        if self.data_root is not None and all(t in known and known[t].mirror_of for t in self.task_names()):
+            raise InputError(
+                f"data_root {self.data_root} is for real tasks, and {self.suite or ', '.join(self.tasks)} is embedded: "
+                "name a suite or tasks such as chartqa, or leave data_root out"
+            )
         for task in self.task_names():
             check_limit(task, self.limit, known[task].pair if task in known else 1)
         return self

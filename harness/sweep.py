@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -70,6 +71,7 @@ class Group:
     task: str
     n_documents: int
     cells: tuple[PlannedCell, ...]
+    data_root: str | None = None
 
     @property
     def missing(self) -> list[PlannedCell]:
@@ -129,6 +131,8 @@ def plan(spec: SweepSpec, run: Run | None, device: str) -> Plan:
     families = {b.pretrained: checkpoint_family(b.pretrained, b.revision) for b in spec.backbones}
     for backbone in spec.backbones:
         MediaSettings(**spec.media(backbone))  # refuses bounds that contradict each other
+    # Absolute, because a worker may have another working folder.
+    data_root = str(Path(spec.data_root).expanduser().absolute()) if spec.data_root is not None else None
     weights: dict[str, str] = {}
     groups: dict[tuple[str, str], list[PlannedCell]] = {}
     sizes: dict[tuple[str, str], int] = {}
@@ -139,7 +143,7 @@ def plan(spec: SweepSpec, run: Run | None, device: str) -> Plan:
         key = (name, cell.task)
         if key not in names:
             try:
-                bound = bound_task(cell.task, families[name], spec.limit)
+                bound = bound_task(cell.task, families[name], spec.limit, data_root)
                 names[key], sizes[key] = (bound.data_hash, _prompts_hash(bound)), bound.n_documents
             except InputError as problem:
                 if not _task_exists(cell.task, families[name]):
@@ -181,7 +185,7 @@ def plan(spec: SweepSpec, run: Run | None, device: str) -> Plan:
     return Plan(
         spec,
         tuple(
-            Group(cells[0].spec.backbone, families[name], task, sizes.get((name, task), 0), tuple(cells))
+            Group(cells[0].spec.backbone, families[name], task, sizes.get((name, task), 0), tuple(cells), data_root)
             for (name, task), cells in groups.items()
         ),
     )
@@ -283,6 +287,7 @@ def _unit(spec: SweepSpec, group: Group, run: Run, device: str) -> Unit:
         batch_size=spec.batch_size,
         on_bad_document=spec.on_bad_document,
         cells=tuple(work(cell) for cell in group.missing),
+        data_root=group.data_root,
     )
 
 
@@ -352,7 +357,7 @@ def _fail(run: Run, cell: PlannedCell, reason: str, result: SweepResult, progres
 
 def _score(run: Run, cell: PlannedCell, group: Group, seconds: float, result: SweepResult, progress: Progress) -> None:
     """Replay the stored answers through lmms-eval's own scoring, and complete the cell."""
-    bound = bound_task(group.task, group.family, cell.settings["limit"])
+    bound = bound_task(group.task, group.family, cell.settings["limit"], group.data_root)
     answers = {(a["task"], a["doc_id"]): a for line in run.journal(cell.digest).read() for a in line["answers"]}
     responses: dict[str, dict[int, str]] = {}
     for (task, doc_id), given in answers.items():

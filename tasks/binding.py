@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -19,14 +20,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from visionselector_eval.baselines.errors import InputError, unknown
-from visionselector_eval.tasks import host
+from visionselector_eval.tasks import data, host
 from visionselector_eval.tasks.suites import TaskEntry, check_limit, load_suites
 
 __all__ = [
@@ -113,7 +116,15 @@ class DocRequest:
         """
         try:
             chat = host.lmms_eval().ChatMessages(messages=self._build())
-        except (OSError, SyntaxError, SystemExit) as error:  # SyntaxError is Pillow's for a broken PNG
+        # SyntaxError is Pillow's for a broken PNG, AttributeError and TypeError upstream's for a picture that is None.
+        except (
+            OSError,
+            SyntaxError,
+            SystemExit,
+            AttributeError,
+            TypeError,
+            Image.DecompressionBombError,
+        ) as error:
             raise DocumentError(self.task, self.doc_id, f"its media cannot be read ({_line(error)})") from error
         for video in chat.extract_media()[1]:
             if isinstance(video, str) and "://" not in video and not os.path.exists(video):
@@ -148,22 +159,24 @@ class TaskScore:
     ----------
     task: our task name.
     metric: key of the headline, "metric,filter".
-    score: the headline, at most `entry.scale`.
+    score: the headline, at most `entry.scale`; None where only the benchmark's server has the right answers.
     metrics: all numeric metrics by "metric,filter", standard errors left out; "task/metric,filter" for members of
         a group.
     documents: every document, by task and `doc_id`.
-    mean_of_documents: whether the mean of the documents' scores equals `score` for these very answers. It can be
-        False where the entry says True: MVBench leaves empty answers out of its mean.
+    mean_of_documents: whether the mean of the documents' scores (of those that have one) equals `score` for these very
+        answers. It can be False where the entry says True: MVBench leaves empty answers out of its mean.
     submissions: files that upstream wrote for a benchmark's server, below `output_path`.
+    needs_submission: the benchmark's server makes the score from `submissions`; `score` and the documents' are None.
     """
 
     task: str
     metric: str
-    score: float
+    score: float | None
     metrics: dict[str, float]
     documents: list[DocScore]
     mean_of_documents: bool
     submissions: list[Path] = field(default_factory=list)
+    needs_submission: bool = False
 
     @property
     def n_documents(self) -> int:
@@ -180,6 +193,7 @@ def bind(
     seed: int | None = None,
     documents: int | None = None,
     override: Mapping[str, Any] | None = None,
+    data_root: str | Path | None = None,
 ) -> BoundTask:
     """Load the task `name`: an embedded mirror, or any task, group or tag of lmms-eval.
 
@@ -193,6 +207,8 @@ def bind(
     override: for a real task only, keys of its definition to replace (of each member's, for a group), such as
         where the data
         is: {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": path}}}.
+    data_root: folder with the data of real tasks in the layout of `tasks.data`, used instead of the hub; mirrors do
+        not look at it.
 
     Raises `InputError`, one line each, for an unknown name, a limit that is no whole number or tears pairs apart,
     data that cannot be loaded, and data without documents.
@@ -211,7 +227,10 @@ def bind(
         manager = host.task_manager(base_model)
         if name not in manager.task_index:
             raise _unknown_task(name, manager.all_tasks)
-        found, data_hash = _load_tasks(manager, name, override), ""
+        if data_root is not None and override is None:
+            found, data_hash = _load_local(manager, name, data_root)
+        else:
+            found, data_hash = _load_tasks(manager, name, override), ""
     for task_name, task in found.items():
         if task.OUTPUT_TYPE != "generate_until":
             raise InputError(
@@ -220,6 +239,7 @@ def bind(
             )
         if not len(task.eval_docs_no_media):
             raise InputError(f"{task_name} has no documents: its data set is empty")
+        _check_documents(task_name, task, limit, known)
     return BoundTask(
         name=name,
         tasks=found,
@@ -239,7 +259,10 @@ def requests(bound: BoundTask) -> list[DocRequest]:
     made = []
     with _one_at_a_time, host.quiet():
         for name, task in bound.tasks.items():
-            task.build_all_requests(limit=bound.limit, rank=0, world_size=1)
+            try:
+                task.build_all_requests(limit=bound.limit, rank=0, world_size=1)
+            except KeyError as error:
+                raise _unread(task, name, error) from error
             for instance in task.instances:
                 context, to_messages, generation, doc_id, _, split = instance.args
                 settings = dict(generation)
@@ -251,10 +274,17 @@ def requests(bound: BoundTask) -> list[DocRequest]:
                         context=context,
                         generation=settings,
                         until=[until] if isinstance(until, str) else list(until),
-                        _build=lambda f=to_messages, d=task.dataset[split], i=doc_id: f(d[i]),  # type: ignore[misc]
+                        _build=partial(_build, task, split, doc_id, to_messages),
                     )
                 )
     return made
+
+
+def _build(task: Any, split: str, doc_id: int, to_messages: Callable[[Any], Any]) -> Any:
+    try:
+        return to_messages(task.dataset[split][doc_id])
+    except KeyError as error:
+        raise _unread(task, task.config.task, error) from error
 
 
 def score(
@@ -287,6 +317,8 @@ def score(
         before = {p for p in Path(output_path).rglob("*") if p.is_file()} if keep else set()
         results = _evaluate(bound, responses, output_path)
         written = sorted({p for p in Path(output_path).rglob("*") if p.is_file()} - before) if keep else []
+    if keep and bound.entry.needs_submission and not written:
+        raise InputError(f"{bound.name}: upstream's code wrote no submission file for these answers")
     metrics = _metrics(bound, results)
     documents = [d for n in bound.tasks for d in _documents(bound, n, results["samples"][n], responses[n])]
     headline = _headline(bound, metrics)
@@ -296,8 +328,9 @@ def score(
         score=headline,
         metrics=metrics,
         documents=documents,
-        mean_of_documents=_is_mean(documents, headline, bound.entry),
+        mean_of_documents=headline is not None and _is_mean(documents, headline, bound.entry),
         submissions=written,
+        needs_submission=bound.entry.needs_submission,
     )
 
 
@@ -334,6 +367,15 @@ def _load_mirror(
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counting
 
 
+def _load_local(manager: Any, name: str, data_root: str | Path) -> tuple[dict[str, Any], str]:
+    located = data.locate(data_root, name)
+    found: dict[str, Any] = {}
+    with data.no_use_reports():
+        for task in located:
+            found |= _load_tasks(manager, task.upstream.task, task.override())
+    return found, data.content_hash(located)
+
+
 def _load_tasks(manager: Any, name: str, override: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """lmms-eval `Task` objects of a task, group or tag, by name, as chat tasks.
 
@@ -364,6 +406,37 @@ def _load_tasks(manager: Any, name: str, override: Mapping[str, Any] | None = No
             f"task {name}: cannot load its data set {_source(manager, name)} ({type(cause).__name__}: {_line(cause)}): "
             "is the hub reachable, or the data set in the local cache? The tiny suite needs neither"
         ) from error
+
+
+def _check_documents(name: str, task: Any, limit: int | None, entry: TaskEntry | None) -> None:
+    """Before any question is asked: the columns that upstream's code will read are there, and pairs are whole."""
+    present = task.eval_docs.column_names
+    if (entry is None or entry.mirror_of is None) and (
+        missing := [c for c in data.upstream(name).columns if c not in present]
+    ):
+        raise _lacks(name, missing[0], present)
+    if entry is None or entry.pair == 1 or entry.cluster_key is None:
+        return
+    keys = list(task.eval_docs_no_media[entry.cluster_key])[: _count(task, limit)]
+    if torn := [(key, count) for key, count in Counter(keys).items() if count % entry.pair]:
+        key, count = torn[0]
+        raise InputError(
+            f"{name} scores documents with the same {entry.cluster_key} {entry.pair} at a time, and among "
+            f"{f'the first {len(keys)}' if limit else f'its {len(keys)}'} there is {count} of {key!r}: "
+            f"{'take another limit or none' if limit else 'its data are not complete'}"
+        )
+
+
+def _lacks(name: str, column: str, present: Iterable[str]) -> InputError:
+    return InputError(f"{name}: its data lack the column {column!r} (present: {', '.join(sorted(present))})")
+
+
+def _unread(task: Any, name: str, error: KeyError) -> InputError:
+    """What a `KeyError` of upstream's code is about: a column that is not there, or a value that it does not know."""
+    key, present = str(error.args[0]) if error.args else "", task.eval_docs.column_names
+    if key.isidentifier() and key not in present:
+        return _lacks(name, key, present)
+    return InputError(f"{name}: upstream's code does not know {key!r}, which a document holds")
 
 
 def _leaves(loaded: Mapping[Any, Any]) -> Iterable[tuple[str, Any]]:
@@ -411,6 +484,7 @@ def _derive(name: str, tasks: Mapping[str, Any]) -> TaskEntry:
         filter=first._filters[0].name,
         scale=None,
         higher_is_better=bool(first.higher_is_better().get(metric, True)),
+        needs_submission=metric == "submission",
         mean_of_documents=True,  # checked for each set of answers
         cluster_key=first.config.cluster_key,
         combine="mean" if len(tasks) > 1 else None,
@@ -462,7 +536,7 @@ def _evaluate(bound: BoundTask, responses: Mapping[str, Mapping[int, str]], outp
     _restore(bound._state)
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with host.quiet() as said:
+        with host.quiet() as said, host.no_judge():
             try:
                 return host.lmms_eval().simple_evaluate(
                     model=_replay(responses),
@@ -477,6 +551,8 @@ def _evaluate(bound: BoundTask, responses: Mapping[str, Mapping[int, str]], outp
                     torch_random_seed=None,  # nothing in scoring draws from torch; leave the caller's generator alone
                     cli_args=SimpleNamespace(output_path=str(output_path), process_with_media=False),
                 )
+            except KeyError as error:
+                raise _unread(next(iter(bound.tasks.values())), bound.name, error) from error
             except SystemExit as error:
                 raise RuntimeError(
                     f"{bound.name}: upstream's scoring ended the process: {error}; {said.getvalue()}"
@@ -495,21 +571,23 @@ def _metrics(bound: BoundTask, results: Mapping[str, Any]) -> dict[str, float]:
                 continue
             if isinstance(value, int | float | np.number) and not isinstance(value, bool):
                 found[prefix + key] = float(value)
+                if key == bound.entry.key and bound.entry.fixed_denominator:
+                    points = round(found[prefix + key] * bound.entry.fixed_denominator, 6)
+                    found[prefix + key] = points / _count(bound.tasks[name], bound.limit)
     return found
 
 
-def _headline(bound: BoundTask, metrics: Mapping[str, float]) -> float:
+def _headline(bound: BoundTask, metrics: Mapping[str, float]) -> float | None:
     entry = bound.entry
+    if entry.needs_submission:
+        return None
     keys = [entry.key] if len(bound.tasks) == 1 else [f"{name}/{entry.key}" for name in bound.tasks]
     if missing := [key for key in keys if key not in metrics or math.isnan(metrics[key])]:
         raise InputError(
             f"{bound.name}: {missing[0]} has no value for these {bound.n_documents} documents "
             f"(present: {', '.join(metrics) or 'none'}); ask more documents"
         )
-    value = sum(metrics[key] for key in keys) / len(keys)
-    if entry.fixed_denominator:
-        value *= entry.fixed_denominator / bound.n_documents
-    return value
+    return sum(metrics[key] for key in keys) / len(keys)
 
 
 def _documents(
@@ -521,7 +599,15 @@ def _documents(
     size = len(samples) // len(filters)
     start = filters.index(entry.filter) * size if entry.filter in filters else 0
     aggregate = task.aggregation().get(entry.metric)
-    for sample in samples[start : start + size]:
+    samples = samples[start : start + size]
+    numbers: list[float | None]
+    if entry.needs_submission:
+        numbers = [None] * size
+    elif entry.circular and aggregate is not None:
+        numbers = _circular(samples, aggregate, entry)
+    else:
+        numbers = [_number(sample.get(entry.metric), task, aggregate, entry) for sample in samples]
+    for sample, number in zip(samples, numbers, strict=True):
         doc = sample["doc"]
         doc_id = sample["doc_id"]
         cluster = doc.get(entry.cluster_key) if entry.cluster_key else None
@@ -529,16 +615,37 @@ def _documents(
             task=name,
             doc_id=doc_id,
             answer=responses[doc_id],
-            target=_target(doc.get(entry.target) if entry.target else sample["target"]),
-            score=_number(sample.get(entry.metric), task, aggregate, entry),
-            cluster=str(doc_id if cluster is None else cluster),
+            target=""
+            if entry.needs_submission
+            else _target(doc.get(entry.target) if entry.target else sample["target"]),
+            score=number,
+            cluster=str(doc_id if cluster is None else cluster % entry.circular if entry.circular else cluster),
             doc_hash=hashlib.sha256(json.dumps(doc, sort_keys=True, default=str).encode()).hexdigest(),
         )
 
 
+def _circular(samples: list[dict[str, Any]], aggregate: Callable[..., Any], entry: TaskEntry) -> list[float | None]:
+    """MMBench's score of each question, at the first of its forms, by upstream's rule: right in all forms."""
+    assert entry.circular is not None
+    assert entry.cluster_key is not None
+    firsts = [str(sample["doc"][entry.cluster_key] % entry.circular) for sample in samples]
+    # Upstream tells means by category only: let each question be a category.
+    values = [{**sample[entry.metric], "category": first} for sample, first in zip(samples, firsts, strict=True)]
+    with host.quiet(), host.no_judge():
+        _, means, _ = aggregate.__globals__["mmbench_evaluator"].eval_result(values, eval_method="static")
+    unit = entry.scale or 1.0
+    return [
+        float(means[first]) * unit if sample["doc"][entry.cluster_key] < entry.circular else None
+        for sample, first in zip(samples, firsts, strict=True)
+    ]
+
+
 def _target(target: Any) -> str:
     """One right answer as text: of several, the one given most often."""
+    if isinstance(target, Mapping):  # VQAv2's people say how sure they are
+        return _target(target.get("answer", target))
     if isinstance(target, list | tuple):
+        target = [_target(t) for t in target]
         return str(Counter(map(str, target)).most_common(1)[0][0]) if target else ""
     return str(target)
 
@@ -550,7 +657,7 @@ def _number(value: Any, task: Any, aggregate: Callable[..., Any] | None, entry: 
         inner = value.get(task.config.score_key or "score")
         if isinstance(inner, int | float):
             return float(inner) * unit
-        if entry.mean_of_documents and aggregate is not None:
+        if entry.mean_of_documents and aggregate is not None and "args" not in inspect.signature(aggregate).parameters:
             # Only prediction and truth are noted (seedbench, mmmu): the aggregate of one document is its score.
             with host.quiet():
                 return float(aggregate([value]))
@@ -562,7 +669,7 @@ def _number(value: Any, task: Any, aggregate: Callable[..., Any] | None, entry: 
 
 def _is_mean(documents: list[DocScore], headline: float, entry: TaskEntry) -> bool:
     scores = [d.score for d in documents if d.score is not None]
-    if not entry.mean_of_documents or len(scores) != len(documents):
+    if not entry.mean_of_documents or not scores:
         return False
     # mmmu rounds its result to five decimals.
     return math.isclose(sum(scores) / len(scores), headline, rel_tol=0, abs_tol=2e-5 * (entry.scale or 1.0))

@@ -19,6 +19,7 @@ SMALL: dict[str, Any] = {
     "tasks": ["tiny_chartqa", "tiny_pope"],
     "limit": 4,
     "batch_size": 2,
+    "device": "cpu",
 }
 
 

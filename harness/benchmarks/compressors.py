@@ -3,10 +3,9 @@
     python -m visionselector_eval.harness.benchmarks.compressors --tokens 1024 4096 --width 3584
 
 Both forms run in turn in one process on the same random features; read the ratios, the milliseconds belong to
-this machine. The naive forms are what METHODS 2 describes, kept short: full matrices and re-scans. Tests use
-them as the reference for what is kept. VisionZip's cost lies in its attention (`--attention`); its merging
-has no naive form in METHODS 2, and the one here, a token at a time, serves the tests alone. MiB is the peak
-of what an operation allocates beside its inputs.
+this machine. The naive forms (`naive.py`) are what METHODS 2 describes: full matrices and re-scans; at large N some
+take many minutes, so they run up to `--naive-tokens` only. VisionZip's cost lies in its attention (`--attention`); its
+merging has no naive form in METHODS 2. MiB is the peak of what an operation allocates beside its inputs.
 """
 
 from __future__ import annotations
@@ -26,67 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from visionselector_eval.baselines import EncoderTrace, VisualTokens, build
+from visionselector_eval.baselines.base import unit_rows
+from visionselector_eval.baselines.cdpruner import relevance
 from visionselector_eval.models.visionselector import Scorer
 
+from . import naive
+
 _HEADS, _HEAD_WIDTH = 16, 80  # Qwen2.5-VL's vision encoder; 4 patches make one token
-
-
-def naive_scores(scorer: Scorer, features: Tensor) -> Tensor:
-    """(N,) VisionSelector's scores through the N x N product of both projections (METHODS 3.1)."""
-    products = scorer.q_proj(features) @ scorer.k_proj(features).T
-    return products.div(scorer.hidden**0.5).mean(dim=1)
-
-
-def naive_divprune(features: Tensor, count: int) -> list[int]:
-    """DivPrune's picks in order, from the full distance matrix re-read at every pick (METHODS 3.3)."""
-    unit = features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    distance = 1 - unit @ unit.T
-    nearest_other = distance.clone().fill_diagonal_(torch.inf).amin(dim=0)
-    order = [_first_largest(nearest_other)]
-    while len(order) < count:
-        nearest = distance[order].amin(dim=0)
-        nearest[order] = -torch.inf
-        order.append(_first_largest(nearest))
-    return order
-
-
-def _first_largest(values: Tensor) -> int:
-    # Equal tokens come out of a matrix product a few units of rounding apart: the lowest index of those wins.
-    return int((values >= values.max() - 8 * torch.finfo(values.dtype).eps).nonzero()[0])
-
-
-@dataclass(frozen=True)
-class NaiveZip:
-    """What VisionZip keeps: dominant and target indices, the tokens that joined each target, the merged rows."""
-
-    dominant: list[int]
-    joined: dict[int, list[int]]
-    merged: dict[int, Tensor]
-
-
-def naive_visionzip(features: Tensor, keys: Tensor, received: Tensor, dominant: int, contextual: int) -> NaiveZip:
-    """VisionZip one token at a time (METHODS 3.2)."""
-    ranked = sorted(range(len(received)), key=lambda i: (-float(received[i]), i))
-    kept = sorted(ranked[:dominant])
-    rest = sorted(ranked[dominant:])
-    step = max(1, len(rest) // contextual) if contextual else 1
-    targets = rest[::step][:contextual]
-    unit = keys / keys.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    joined: dict[int, list[int]] = {target: [] for target in targets}
-    for token in rest:
-        if targets and token not in joined:
-            joined[targets[_first_largest(unit[targets] @ unit[token])]].append(token)
-    merged = {
-        target: features[target] + (features[members].mean(dim=0) if members else 0)
-        for target, members in joined.items()
-    }
-    return NaiveZip(kept, joined, merged)
-
-
-def naive_received(queries: Tensor, keys: Tensor) -> Tensor:
-    """(N,) attention received by each token, from the full map of queries and keys, (H, N, Dh) each."""
-    attention = torch.softmax(queries @ keys.transpose(1, 2) / queries.shape[-1] ** 0.5, dim=-1)
-    return attention.mean(dim=0).sum(dim=0)
 
 
 class Allocations(TorchDispatchMode):
@@ -158,8 +103,15 @@ def _cases(n: int, width: int, ratio: float, device: torch.device, attention: bo
 
     generator = torch.Generator().manual_seed(0)
     features = noise(n, width)
-    trace = EncoderTrace(received=noise(n).exp(), keys=noise(n, _HEAD_WIDTH))
-    tokens = VisualTokens(features=features, grid=(1, 1, n), trace=trace)
+    trace = EncoderTrace(
+        received=noise(n).exp(), keys=noise(n, _HEAD_WIDTH), keys_concat=noise(n, _HEADS * _HEAD_WIDTH)
+    )
+    received, all_keys, text = trace.received, trace.keys_concat, noise(16, width)
+    assert received is not None
+    assert all_keys is not None
+    height = max(side for side in range(1, int(n**0.5) + 1) if n % side == 0)
+    grid = (1, height, n // height)
+    tokens = VisualTokens(features=features, grid=grid, trace=trace, text=text)
     count = max(1, int(ratio * n))
     scorer = Scorer(width).to(device).requires_grad_(False)
 
@@ -173,10 +125,35 @@ def _cases(n: int, width: int, ratio: float, device: torch.device, attention: bo
         _Case(
             "visionselector",
             compress("visionselector", scorer=scorer),
-            lambda: naive_scores(scorer, features).topk(count),
+            lambda: naive.naive_scores(scorer, features).topk(count),
         ),
-        _Case("divprune", compress("divprune"), lambda: naive_divprune(features, count)),
+        _Case("divprune", compress("divprune"), lambda: naive.naive_divprune(features, count)),
         _Case("visionzip", compress("visionzip")),
+        _Case(
+            "prumerge_plus",
+            compress("prumerge_plus"),
+            lambda: naive.naive_prumerge(features, all_keys, received, count),
+        ),
+        _Case(
+            "cdpruner",
+            compress("cdpruner"),
+            lambda: naive.naive_cdpruner(features, relevance(unit_rows(features), text.mean(dim=0)), count),
+        ),
+        _Case("vispruner", compress("vispruner"), lambda: naive.naive_vispruner(features, received, count)),
+        _Case(
+            "idpruner",
+            compress("idpruner", scorer=scorer),
+            lambda: naive.naive_mmr(features, naive.naive_scores(scorer, features), count),
+        ),
+        _Case("id_selection", compress("id_selection"), lambda: naive.naive_fading(features, received, count)),
+        _Case(
+            "holov",
+            compress("holov"),
+            lambda: naive.naive_holov(received, count, max(1, int(1024 / 576 * n / count)), features),
+        ),
+        _Case("tome", compress("tome"), lambda: naive.naive_tome(features, None, count)),
+        _Case("fusion2x2", compress("fusion2x2"), lambda: naive.naive_fusion2x2(features, grid, count)),
+        _Case("pooling", compress("pooling")),
     ]
     if attention:
         # Imported here: it brings transformers along, which the rest does without.
@@ -188,7 +165,7 @@ def _cases(n: int, width: int, ratio: float, device: torch.device, attention: bo
             _Case(
                 "visionzip: attention",
                 lambda: received_attention(queries, keys, [4 * n], _HEAD_WIDTH**-0.5),
-                lambda: naive_received(*per_head),
+                lambda: naive.naive_received(*per_head),
             )
         )
     return cases
@@ -204,6 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048], help="visual tokens N")
     parser.add_argument("--width", type=int, default=3584, help="size of a token (3584: Qwen2.5-VL-7B)")
     parser.add_argument("--budget", type=float, default=0.2, help="share of tokens to keep")
+    parser.add_argument("--methods", nargs="+", help="these only; all where not given")
+    parser.add_argument("--naive-tokens", type=int, default=4096, help="largest N at which the naive forms run too")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each form")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
@@ -230,10 +209,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         table.add_column(heading, justify="right", no_wrap=True)
     for n in arguments.tokens:
         for case in _cases(n, arguments.width, arguments.budget, device, arguments.attention):
-            forms = [case.ours] if case.naive is None else [case.ours, case.naive]
+            if arguments.methods and case.name.split(":")[0] not in arguments.methods:
+                continue
+            paired = case.naive is not None and n <= arguments.naive_tokens
+            forms = [case.ours, case.naive] if paired and case.naive else [case.ours]
             seconds = median_seconds(forms, device, arguments.repeats)
             mebibytes = [_peak_mebibytes(form) for form in forms]
-            paired = case.naive is not None
             table.add_row(
                 case.name,
                 str(n),

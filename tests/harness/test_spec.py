@@ -21,7 +21,6 @@ from visionselector_eval.harness.spec import (
     make_spec,
     spec_yaml,
 )
-from visionselector_eval.models.protocols import PROTOCOLS
 from visionselector_eval.models.inputs import MediaSettings
 from visionselector_eval.models.protocols import PROTOCOLS
 from visionselector_eval.tasks.suites import load_suites
@@ -115,6 +114,11 @@ def test_a_scorer_given_by_flag_goes_to_visionselector_alone(tmp_path):
         ("visionselector", {"scorer": "some/where"}),
         ("divprune", {}),
     ]
+    both = from_flags("--methods", "visionselector", "visionselector:upstream_exact=true", "--scorer", "some/where")
+    assert [m.label for m in both.methods] == ["visionselector", "visionselector[upstream_exact=True]"]
+    assert from_flags("--scorer", "some/where").methods == spec.methods[:1]
+    with pytest.raises(InputError, match="--scorer is for visionselector, which is not among the methods divprune"):
+        from_flags("--methods", "divprune", "--scorer", "some/where")
     (tmp_path / "spec.yaml").write_text("methods: [visionselector]\n")
     with pytest.raises(InputError, match="--scorer goes with --methods"):
         from_flags("--spec", str(tmp_path / "spec.yaml"), "--scorer", "x")

@@ -71,11 +71,11 @@ def test_a_run_has_the_promised_files_and_columns(finished):
     }
     assert load_spec(finished / "spec.yaml") == small(finished)
     environment = json.loads((finished / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or environment["packages"]["torch"]
+    assert environment["packages"]["torch"]
     assert (environment["device"], environment["dtype"], environment["attn_implementation"]) == (
-        ("cuda", "bfloat16", environment["attn_implementation"])
-        if torch.cuda.is_available()
-        else ("cpu", "float32", "sdpa")
+        "cpu",
+        "float32",
+        "sdpa",
     )
     for cell in (finished / "cells").iterdir():
         assert sorted(p.name for p in cell.iterdir()) == ["cell.json", "samples.parquet"]
@@ -386,7 +386,7 @@ def test_a_failed_cell_is_recorded_and_only_it_is_tried_again(third_party, tmp_p
     third_party.touch()
     folder = tmp_path / "run"
     flags = ["--methods", "divprune", "fragile", "--budgets", "0.2", "--tasks", "tiny_pope", "--limit", "4"]
-    command = ["sweep", *flags, "--batch-size", "2", "--output", str(folder)]
+    command = ["sweep", *flags, "--device", "cpu", "--batch-size", "2", "--output", str(folder)]
     assert cli.main(command) == cli.EXIT_FAILED_CELLS == 3
     said = capfd.readouterr()
     assert "failed: tiny fragile @ 0.2 on tiny_pope: RuntimeError: it broke on two lines\n" in said.err
@@ -469,7 +469,7 @@ def test_bounds_that_contradict_each_other_are_refused_before_anything_runs(tmp_
 def test_a_dry_run_says_what_is_shared_and_what_is_done(copy, tmp_path, capsys):
     spec = small(copy, budgets=[0.2, 0.5])
     flags = ["--methods", "divprune", "downsample", "--budgets", "0.2", "0.5", "--tasks", *SMALL["tasks"]]
-    flags += ["--limit", "4", "--batch-size", "2"]
+    flags += ["--limit", "4", "--batch-size", "2", "--device", "cpu"]
     before = contents(copy)
     assert cli.main(["sweep", *flags, "--output", str(copy), "--dry-run"]) == 0
     text = capsys.readouterr().out
@@ -633,22 +633,23 @@ def test_a_sweep_killed_at_any_step_of_its_writing_ends_like_an_undisturbed_one(
     moments = random.Random(int(torn))
 
     def start() -> int:
-        last = moments.randint(1, 60)
+        left = moments.randint(1, 60)
+
+        def dying(name: str, real):
+            def step(*args, **kwargs):
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    if torn and name == "write":
+                        real(args[0], args[1][: len(args[1]) // 2])
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **kwargs)
+
+            return step
 
         def arm() -> None:
-            left = last
             for name in ("write", "fsync", "replace", "unlink", "mkdir"):
-
-                def step(*args, real=getattr(os, name), name=name, **kwargs):
-                    nonlocal left
-                    left -= 1
-                    if left == 0:
-                        if torn and name == "write":
-                            real(args[0], args[1][: len(args[1]) // 2])
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    return real(*args, **kwargs)
-
-                setattr(os, name, step)
+                setattr(os, name, dying(name, getattr(os, name)))
 
         return child(tmp_path / "run", tmp_path / "audit", arm)
 
@@ -660,7 +661,8 @@ def test_the_command_itself_killed_goes_on_where_it_was(tmp_path):
     folder = tmp_path / "run"
     fields = {"limit": 64, "tasks": ["tiny_chartqa"], "methods": ["divprune"]}
     command = [sys.executable, str(ROOT / "run_eval.py"), "--tasks", "tiny_chartqa", "--methods", "divprune"]
-    command += ["--budgets", "0.2", "--limit", "64", "--batch-size", "2", "--output", str(folder)]
+    command += ["--budgets", "0.2", "--limit", "64", "--batch-size", "2", "--device", "cpu"]
+    command += ["--output", str(folder)]
     process = subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from visionselector_eval.baselines.errors import InputError
-from visionselector_eval.tasks.tiny import CELL, MIRRORS, Document, generate, store
+from visionselector_eval.tasks.tiny import CELL, MIRRORS, Document, Mirror, generate, store
 
 NAMES = list(MIRRORS)
 
@@ -25,7 +25,7 @@ def test_a_seed_is_a_promise(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_seeds_share_no_picture(name: str) -> None:
     def pictures(seed: int) -> set[bytes]:
-        return {(np.asarray(d.image) if d.frames is None else d.frames).tobytes() for d in generate(name, seed, 64)}
+        return {b"".join(p.tobytes() for p in d.pictures()) for d in generate(name, seed, 64)}
 
     pair = MIRRORS[name].pair
     zero, one = pictures(0), pictures(1)
@@ -38,8 +38,7 @@ def test_documents_are_sane(name: str) -> None:
     documents = generate(name, 5, 64)
     assert len({(d.row["question"], d.answer) for d in documents}) > 8
     for d in documents:
-        pixels = np.asarray(d.image)[None] if d.frames is None else d.frames
-        assert pixels is not None
+        pixels = np.stack(d.pictures())
         assert pixels.dtype == np.uint8
         assert pixels.shape[1] % CELL == 0
         assert pixels.shape[2] % CELL == 0
@@ -143,8 +142,8 @@ def test_the_first_of_two_processes_wins(tmp_path: Path, monkeypatch: pytest.Mon
     """While one process has written its copy and not yet renamed it, another finishes the same data."""
     write, stored = store._write, []
 
-    def overtaken(documents: list[Document], folder: Path) -> None:
-        write(documents, folder)
+    def overtaken(documents: list[Document], folder: Path, made_by: Mirror) -> None:
+        write(documents, folder, made_by)
         if not stored:
             stored.append(None)
             stored[0] = store.ensure("tiny_chartqa", n=8, cache_dir=tmp_path)
