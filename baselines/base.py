@@ -18,6 +18,7 @@ The shortest method is a `ScoreCompressor` with one function::
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import LongTensor, Tensor
+from torch.nn.functional import normalize
 
 from .budget import Budget, Share, Tokens, parse_budget
 from .errors import InputError, unknown
@@ -32,17 +34,26 @@ from .errors import InputError, unknown
 __all__ = [
     "Budget",
     "Compressor",
+    "DecoderCompressor",
+    "DecoderView",
     "EncoderTrace",
     "Host",
     "InputError",
     "ScoreCompressor",
+    "ScoreDecoder",
     "Selection",
     "Share",
+    "SimilarityRows",
     "Tokens",
     "VisualTokens",
     "as_compressor",
+    "first_largest",
     "parse_budget",
+    "rounded",
+    "shrinking",
     "top_k",
+    "traced",
+    "unit_rows",
     "unknown",
     "working_dtype",
 ]
@@ -61,11 +72,13 @@ class EncoderTrace:
         over heads, summed over the queries of its segment, averaged over the patches merged into one token, in raster
         order (METHODS 3.2).
     keys: (N, Dk) float32, that layer's keys after rotary embedding, mean over heads and merged patches, raster order.
+    keys_concat: (N, H * Dk) float32, the same keys with their heads side by side instead of averaged.
     cls: (N,) float32, attention from the CLS token, mean over heads, for encoders that have one.
     """
 
     received: Tensor | None = None
     keys: Tensor | None = None
+    keys_concat: Tensor | None = None
     cls: Tensor | None = None
 
 
@@ -114,6 +127,7 @@ class Host:
     ----------
     id: path or hub id of the backbone.
     width: D, the size of the LLM's embeddings.
+    depth: layers of the LLM; 0 where it is not known.
     extra_weights: tensors of the checkpoint that the stock architecture has no place for, by their name in the file
         (a released VisionSelector checkpoint holds its scorer there).
     """
@@ -121,6 +135,7 @@ class Host:
     id: str
     width: int
     extra_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    depth: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +147,7 @@ class Compressor(ABC):
     name: as registered.
     stage: where it acts: `projector` (visual tokens on their way into the LLM) or `decoder` (inside the LLM);
         `pixels` only for the down-sampling control.
-    needs: subset of {"received", "keys", "cls", "text"}: what `compress` reads beside the features.
+    needs: subset of {"received", "keys", "keys_concat", "cls", "text"}: what `compress` reads beside the features.
     """
 
     name: ClassVar[str]
@@ -171,6 +186,11 @@ class Compressor(ABC):
         InputError: where the backbone does not fit (no weights, another width).
         """
         return self
+
+    @classmethod
+    def defaults_for(cls, backbone: str) -> dict[str, Any]:
+        """Options that have another default on this backbone (path or hub id), such as weights published for it."""
+        return {}
 
     def fingerprint(self) -> str:
         """Hash of weights given to this method apart from the backbone's; empty for methods without any."""
@@ -213,6 +233,227 @@ def top_k(scores: Tensor, count: int) -> LongTensor:
 def working_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype to score in: float64 stays float64 (tests), everything else becomes float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """(N, D) rows divided by their norms, in `working_dtype`; rows of zeros, or with NaN or infinity, become zeros."""
+    return normalize(rows.to(working_dtype(rows)), dim=-1, eps=1e-12).nan_to_num_()
+
+
+def first_largest(values: Tensor, slack: Tensor | float | None = None) -> Tensor:
+    """(1,) the first index whose value is the largest up to rounding; stays on the device.
+
+    A matrix product sums a row in an order that depends on the row's place, so that equal tokens get similarities a
+    few units of rounding apart; a plain argmax would let that noise break their tie.
+
+    Parameters
+    ----------
+    values: (N,), cosines or other numbers of about that size.
+    slack: how far below the largest a value may be, 8 units of rounding where not given; (N,) or one for all.
+    """
+    slack = 8 * torch.finfo(values.dtype).eps if slack is None else slack
+    return (values + slack >= values.amax()).to(torch.uint8).argmax(dim=0, keepdim=True)
+
+
+def rounded(similarities: Tensor) -> Tensor:
+    """Cosines to 20 binary digits (32 in float64), so that a sort sees equal tokens as equal (see `first_largest`)."""
+    scale = 2.0**32 if similarities.dtype == torch.float64 else 2.0**20
+    return similarities.mul(scale).round_().div_(scale)
+
+
+class SimilarityRows:
+    """Cosines of one token after the other to all tokens, for methods that pick tokens one by one.
+
+    On a GPU a row is one product, and nothing is read back. On a CPU, whose memory is slow beside its arithmetic, a
+    row costs a pass over all features, and so do 32 rows in one product: when a row is missing, those of the tokens
+    that look likely to be picked soon come along. Which rows are guessed changes the time only; at most 512 rows, and
+    a quarter of N, are held.
+
+    Parameters
+    ----------
+    unit: (N, D) rows of length 1, from `unit_rows`.
+    """
+
+    def __init__(self, unit: Tensor) -> None:
+        self._unit = unit
+        self._rows: dict[int, Tensor] = {}
+        self._most = max(1, min(512, unit.shape[0] // 4))
+        self._guess = min(32, self._most)
+
+    def __call__(self, pick: Tensor, promise: Tensor) -> Tensor:
+        """(N,) cosines of token `pick`, (1,), which is picked once; larger `promise`, (N,): likelier to come soon."""
+        if self._unit.is_cuda:
+            return torch.mv(self._unit, self._unit.index_select(0, pick)[0])
+        wanted = int(pick)
+        if wanted not in self._rows:
+            likely = torch.topk(promise, self._guess).indices.tolist()
+            fresh = [wanted, *(i for i in likely if i != wanted and i not in self._rows)][: self._most]
+            if len(self._rows) + len(fresh) > self._most:
+                self._rows.clear()
+            self._rows.update(zip(fresh, self._unit[fresh] @ self._unit.T, strict=True))
+        return self._rows.pop(wanted)
+
+
+def traced(tokens: VisualTokens, method: str, *names: str) -> list[Tensor]:
+    """The fields `names` of the tokens' trace.
+
+    Raises
+    ------
+    InputError: where the encoder did not tell one of them.
+    """
+    values: dict[str, Tensor] = {name: getattr(tokens.trace, name, None) for name in names}  # type: ignore[misc]
+    if missing := [name for name, value in values.items() if value is None]:
+        raise InputError(
+            f"{method} needs the encoder's {' and '.join(missing)}, which tokens.trace does not hold: use a backbone "
+            "that traces its encoder's attention, or a method that reads features alone such as divprune"
+        )
+    return list(values.values())
+
+
+class DecoderView(ABC):
+    """What a decoder-stage method sees of one prompt at the input of one LLM layer, without padding.
+
+    Attributes
+    ----------
+    layer, depth: the layer whose input this is, and the LLM's number of layers.
+    hidden: (S, D) states of the tokens still there, in prompt order, the model's dtype.
+    visual: (V,) int64, places of the visual tokens among the S, ascending.
+    original: (V,) int64, their visual indices in the prompt (0 is its first visual token).
+    item: (V,) int64, which image or video of the prompt each belongs to.
+    text: (T,) int64, places of the question's tokens among the S; the last token of the prompt is at S - 1.
+    total: tokens of the prompt before any compression.
+    embeds: (S0, D) input embeddings of the whole prompt as it entered the LLM, (V0,) `first_visual` the visual
+        tokens among them and (T,) `first_text` the question's.
+    memory: kept from one layer of the same prompt to the next, for methods that decide something only once.
+    """
+
+    layer: int
+    depth: int
+    hidden: Tensor
+    visual: Tensor
+    original: Tensor
+    item: Tensor
+    text: Tensor
+    total: int
+    embeds: Tensor
+    first_visual: Tensor
+    first_text: Tensor
+    memory: dict[Any, Any]
+
+    @abstractmethod
+    def received(self, layer: int, queries: Tensor | None = None) -> Tensor:
+        """(S,) attention that each token receives: causal softmax rows, averaged over heads and queries.
+
+        Parameters
+        ----------
+        layer: this view's layer (its input norm and projections applied to the states as they are now), or the one
+            before it (the attention that really took place there; needs "previous").
+        queries: (Q,) places of the query tokens among the S; all S where not given.
+
+        Returns
+        -------
+        float32 (float64 for float64 states), summing to 1. Summed in chunks: never an S x S array.
+        """
+
+    @abstractmethod
+    def keys(self, layer: int) -> Tensor:
+        """(S, H * d) keys of `layer` after rotary embedding, heads side by side; `layer` as for `received`."""
+
+    @abstractmethod
+    def final_norm(self, states: Tensor) -> Tensor:
+        """`states` through the norm that stands behind the LLM's last layer; same shape and dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderCompressor(Compressor):
+    """A method that drops visual tokens inside the LLM, at the input of one layer or several.
+
+    Text tokens are never dropped, positions stay those of the full prompt, and layers before the first stage see
+    every token. Padding, masks, the cache of each layer and decoding are the engine's (`models/decoder_pruning.py`).
+    `needs` may hold "previous": the view then answers for the layer before it, too.
+    """
+
+    stage: ClassVar[Stage] = "decoder"
+
+    @abstractmethod
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """Layers (0-based) at whose input tokens are dropped, ascending, 1 <= layer < depth."""
+
+    @abstractmethod
+    def keep(self, view: DecoderView, members: LongTensor, count: int) -> Selection:
+        """Choose (and possibly merge) `count` of the M visual tokens of one scope; called where 1 <= count < M.
+
+        Parameters
+        ----------
+        members: (M,) int64, the scope's tokens as indices into `view.visual`, ascending.
+
+        Returns
+        -------
+        `kept` among 0..M-1; `features` are states at this layer, (count, D); `scores` (M,).
+        """
+
+    def counts(self, n: int, budget: Budget, depth: int, total: int) -> tuple[int, ...]:
+        """Tokens of a scope of `n` that are left after each stage, one for each of `layers(depth)`.
+
+        Parameters
+        ----------
+        total: tokens of the whole prompt before any compression, text included.
+        """
+        return (self.count(n, budget),) * len(self.layers(depth))
+
+    @property
+    def before(self) -> Compressor | None:
+        """The projector-stage method that acts first on the same prompt; None for most."""
+        return None
+
+    def left_over(self, n: int, budget: Budget) -> Budget:
+        """The budget for what `before` has left of a scope of `n`."""
+        return budget
+
+    def compress(self, tokens: VisualTokens, count: int) -> Selection:
+        raise InputError(f"method '{self.name}' acts inside the LLM: run it with a backbone's prefill() or generate()")
+
+    def bind(self, host: Host) -> Compressor:
+        if host.depth:
+            self.check_layers(host.depth)
+        return self
+
+    def check_layers(self, depth: int) -> tuple[int, ...]:
+        """`layers(depth)`.
+
+        Raises
+        ------
+        InputError: where they do not lie inside an LLM of `depth` layers.
+        """
+        layers = self.layers(depth)
+        ascending = all(a < b for a, b in itertools.pairwise(layers))
+        if not layers or not ascending or layers[0] < 1 or layers[-1] >= depth:
+            raise InputError(
+                f"method '{self.name}' would drop tokens at the input of layers {layers} of {depth}: "
+                f"give layers from 1 to {depth - 1}"
+            )
+        return layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreDecoder(DecoderCompressor):
+    """A decoder-stage method that gives each visual token a score and keeps those with the largest."""
+
+    @abstractmethod
+    def score(self, view: DecoderView) -> Tensor:
+        """(V,) scores in float32 or float64; larger is kept first, ties go to the lower index."""
+
+    def keep(self, view: DecoderView, members: LongTensor, count: int) -> Selection:
+        if ("scores", view.layer) not in view.memory:  # one pass serves all scopes of a prompt
+            view.memory["scores", view.layer] = self.score(view)
+        scores = view.memory["scores", view.layer][members]
+        return Selection(kept=top_k(scores, count), scores=scores)
+
+
+def shrinking(n: int, final: int, ratio: float, stages: int) -> tuple[int, ...]:
+    """Tokens left after each of `stages` equal steps: shares r^(1/s), r^(2/s), ..., and exactly `final` at the end."""
+    shares = [Share(ratio ** (stage / stages)).count(n) for stage in range(1, stages)]
+    return (*(max(final, kept) for kept in shares), final)
 
 
 @dataclass(frozen=True, kw_only=True)

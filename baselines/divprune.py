@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import LongTensor, Tensor
-from torch.nn.functional import normalize
 
-from .base import Compressor, Selection, VisualTokens, working_dtype
+from .base import Compressor, Selection, SimilarityRows, VisualTokens, first_largest, unit_rows
 
 _BLOCK = 512  # rows of similarities that exist at one time, and never more than a quarter of all
-_GUESS = 32  # rows computed together on the CPU, where one product for one row is bound by memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,70 +50,29 @@ def pick_order(features: Tensor, count: int) -> LongTensor:
     -------
     (count,) int64 on the features' device, unique.
     """
-    unit = normalize(features.to(working_dtype(features)), dim=-1, eps=1e-12).nan_to_num_()
+    unit = unit_rows(features)
     n = unit.shape[0]
 
     # Similarity s = 1 - d: the farthest token is the one with the smallest s to its nearest token. Here
     # nearest means nearest other token (the second-smallest distance of a column), later nearest picked
     # token.
     closest = unit.new_full((n,), -torch.inf)
-    block = _block(n)
+    block = min(_BLOCK, -(-n // 4))
     for start in range(0, n, block):
         # Similarity is symmetric: a block's columns say for the rows below what those would say again.
         rows = unit[start : start + block] @ unit[start:].T
         rows.fill_diagonal_(-torch.inf)
         for part, nearest in ((closest[start : start + block], rows.amax(dim=1)), (closest[start:], rows.amax(dim=0))):
             torch.maximum(part, nearest, out=part)
-    pick = _first_smallest(closest)
+    pick = first_largest(-closest)
     order = torch.empty(count, dtype=torch.long, device=unit.device)
     order[:1] = pick
     closest.fill_(-torch.inf)
-    row_of = _one_row if unit.is_cuda else _Guessing(n)
+    rows_of = SimilarityRows(unit)
     for step in range(1, count):
-        torch.maximum(closest, row_of(unit, pick, closest), out=closest)
+        # The next picks come mostly from those that are farthest now.
+        torch.maximum(closest, rows_of(pick, -closest), out=closest)
         closest.index_fill_(0, pick, torch.inf)  # never again: +inf survives every later maximum
-        pick = _first_smallest(closest)
+        pick = first_largest(-closest)
         order[step : step + 1] = pick
     return order  # type: ignore[return-value]
-
-
-def _block(n: int) -> int:
-    return min(_BLOCK, -(-n // 4))
-
-
-def _one_row(unit: Tensor, pick: Tensor, closest: Tensor) -> Tensor:
-    """Similarities of `pick` to all tokens. It stays on the device: reading it here would stop a GPU at each pick."""
-    return torch.mv(unit, unit.index_select(0, pick)[0])
-
-
-class _Guessing:
-    """Rows of similarities for a device whose memory is slow beside its arithmetic, and where reading a pick is free.
-
-    A row costs a pass over all features, and so do 32 rows in one product. When a row is missing, those of the
-    tokens that are farthest now come along: farthest-point picks come mostly from there. Which rows are guessed
-    changes the time only.
-    """
-
-    def __init__(self, n: int) -> None:
-        self._rows: dict[int, Tensor] = {}
-        self._guess, self._most = min(_GUESS, _block(n)), _block(n)
-
-    def __call__(self, unit: Tensor, pick: Tensor, closest: Tensor) -> Tensor:
-        wanted = int(pick)
-        if wanted not in self._rows:
-            farthest = torch.topk(closest, self._guess, largest=False).indices.tolist()
-            fresh = [wanted, *(i for i in farthest if i != wanted and i not in self._rows)]
-            if len(self._rows) + len(fresh) > self._most:
-                self._rows.clear()
-            self._rows.update(zip(fresh, unit[fresh] @ unit.T, strict=True))
-        return self._rows.pop(wanted)
-
-
-def _first_smallest(values: Tensor) -> Tensor:
-    """(1,) the first index whose value is the smallest up to rounding.
-
-    A matrix product sums a row in an order that depends on the row's place, so that equal tokens get
-    similarities a few units of rounding apart; a plain argmin would let that noise break their tie.
-    """
-    slack = 8 * torch.finfo(values.dtype).eps
-    return (values <= values.amin() + slack).to(torch.uint8).argmax(dim=0, keepdim=True)

@@ -31,7 +31,18 @@ BUILTIN: dict[str, str] = {
     "downsample": f"{_HERE}.downsample:Downsample",
     "divprune": f"{_HERE}.divprune:DivPrune",
     "visionzip": f"{_HERE}.visionzip:VisionZip",
+    "prumerge_plus": f"{_HERE}.prumerge_plus:PruMergePlus",
+    "holov": f"{_HERE}.holov:HoloV",
+    "cdpruner": f"{_HERE}.cdpruner:CDPruner",
+    "vispruner": f"{_HERE}.vispruner:VisPruner",
+    "id_selection": f"{_HERE}.id_selection:IDSelection",
+    "tome": f"{_HERE}.tome:ToMe",
+    "fusion2x2": f"{_HERE}.fusion2x2:Fusion2x2",
+    "pooling": f"{_HERE}.pooling:Pooling",
+    "fastv": f"{_HERE}.fastv:FastV",
+    "pyramiddrop": f"{_HERE}.pyramiddrop:PyramidDrop",
     "visionselector": "visionselector_eval.models.visionselector.compressor:VisionSelector",
+    "idpruner": "visionselector_eval.models.visionselector.idpruner:IDPruner",
 }
 
 
@@ -80,14 +91,17 @@ def options_of(name: str) -> dict[str, inspect.Parameter]:
     }
 
 
-def resolve_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options` checked against the method's own, completed with the defaults.
+def resolve_options(name: str, options: Mapping[str, Any], backbone: str | None = None) -> dict[str, Any]:
+    """`options` checked against the method's own, completed with the defaults (`backbone`'s own first, where given).
 
     Raises
     ------
     InputError: unknown method, unknown option (names the near match), missing option, or a value of another type.
     """
     known = options_of(name)
+    defaults_for = getattr(compressor_class(name), "defaults_for", None)
+    if backbone is not None and callable(defaults_for):
+        options = {**defaults_for(backbone), **options}
     for key in options:
         if key not in known:
             raise unknown(f"option of method {name}", key, known)

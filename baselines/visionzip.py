@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .base import Compressor, InputError, Selection, VisualTokens, top_k, working_dtype
+from .base import Compressor, InputError, Selection, VisualTokens, top_k, traced, working_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,16 +62,7 @@ class VisionZip(Compressor):
         InputError: where the trace lacks `received` or `keys`.
         """
         features, n = tokens.features, tokens.features.shape[0]
-        trace = tokens.trace
-        received = trace.received if trace is not None else None
-        keys = trace.keys if trace is not None else None
-        if received is None or keys is None:
-            missing = [name for name, value in (("received", received), ("keys", keys)) if value is None]
-            raise InputError(
-                f"visionzip needs the encoder's {' and '.join(missing)}, which tokens.trace does not "
-                "hold: use a backbone that traces its encoder's attention, or a method that reads features "
-                "alone such as divprune"
-            )
+        received, keys = traced(tokens, self.name, "received", "keys")
         contextual = self._contextual_count(n, count)
         dominant = top_k(received, count - contextual)
         if contextual == 0:  # count is 1: nothing to merge into

@@ -132,7 +132,7 @@ def _with_scorer(methods: Sequence[Any], scorer: str) -> list[Any]:
     """`methods` with the scorer for VisionSelector, which must be among them."""
     from .spec import make_method
 
-    plain = [{"name": m, "options": {}} if isinstance(m, str) else m for m in methods]
+    plain: list[dict[str, Any]] = [{"name": m, "options": {}} if isinstance(m, str) else m for m in methods]
     if not any(m["name"] == "visionselector" for m in plain):
         raise InputError(
             f"--scorer is for visionselector, which is not among the methods {', '.join(m['name'] for m in plain)}"
@@ -154,7 +154,7 @@ def _sweep_parser() -> _Parser:
         epilog=_example(
             "sweep --limit 4",
             "sweep --pretrained Qwen/Qwen2.5-VL-7B-Instruct --methods visionselector divprune visionzip "
-            "--scorer JulietChoo/VisionSelector-Qwen2.5-VL-7B --budgets 0.3 0.2 0.1 --suite visionselector13",
+            "--budgets 0.3 0.2 0.1 --suite visionselector13",
             "sweep --methods divprune:upstream_exact=true random --budgets 20% 64tok --tasks tiny_chartqa --dry-run",
         ),
     )
@@ -266,6 +266,7 @@ def _ask_parser() -> _Parser:
 
 def _ask(arguments: argparse.Namespace) -> int:
     from visionselector_eval.baselines import build, parse_budget
+    from visionselector_eval.baselines.registry import resolve_options
     from visionselector_eval.models import load_backbone
     from visionselector_eval.models.answering import Answerer, Request, Setting
     from visionselector_eval.models.inputs import MediaSettings, read_image, read_video
@@ -276,7 +277,8 @@ def _ask(arguments: argparse.Namespace) -> int:
     if arguments.scorer:
         method = _with_scorer([method], arguments.scorer)[0]
     chosen = make_method(method)
-    compressor, budget = build(chosen.name, **chosen.options), parse_budget(arguments.budget)
+    options = resolve_options(chosen.name, chosen.options, arguments.pretrained)
+    compressor, budget = build(chosen.name, **options), parse_budget(arguments.budget)
     media = MediaSettings(
         min_pixels=arguments.min_pixels,
         max_pixels=arguments.max_pixels,

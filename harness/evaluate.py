@@ -251,6 +251,7 @@ def _plain(
                 "answer": answer.text,
                 "kept_tokens": answer.kept_tokens,
                 "total_tokens": answer.total_tokens,
+                "layer_tokens": answer.layer_tokens,
                 "prompt_tokens": answer.prompt_tokens,
                 "new_tokens": answer.new_tokens,
                 "skipped": reason,

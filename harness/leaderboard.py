@@ -40,8 +40,10 @@ _DEFAULTS: dict[str, Any] = {
     "scale": 1.0,
     "mean_of_documents": True,
     "n_documents": 0,
+    "needs_submission": False,
     "kept_tokens": math.nan,
     "total_tokens": math.nan,
+    "layer_tokens": math.nan,
     "status": "done",
     "error": "",
     "seconds": 0.0,
@@ -293,7 +295,7 @@ def prepared(cells: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     for name, default in _DEFAULTS.items():
         if name not in cells.columns:
             cells[name] = default
-        elif name not in ("kept_tokens", "total_tokens", "options", "scale"):
+        elif name not in ("kept_tokens", "total_tokens", "layer_tokens", "options", "scale"):
             cells[name] = cells[name].where(cells[name].notna(), default)
     cells["score"] = pd.to_numeric(cells["score"], errors="coerce").astype("float64")
     cells["scale"] = pd.to_numeric(cells["scale"], errors="coerce").astype("float64")
@@ -350,7 +352,9 @@ def _documents(samples: pd.DataFrame) -> dict[str, pd.DataFrame]:
     tables = {}
     for digest, group in samples.groupby("cell", sort=False):
         index = [tuple(str(part) for part in row) for row in group[key].itertuples(index=False)]
-        tables[str(digest)] = group[columns].set_axis(pd.Index(index, tupleize_cols=False)).sort_index()
+        table = group[columns].set_axis(pd.Index(index, tupleize_cols=False)).sort_index()
+        # The headline says nothing about some documents (MME's cognition, MMBench's other option orders).
+        tables[str(digest)] = table[table["score"].notna()] if "score" in table else table
     return tables
 
 
@@ -432,8 +436,10 @@ def _task_row(key: tuple[str, str, str], task: str, row: Mapping[str, _Entry], f
         "high": math.nan,
         "distinguishable": None,
         "n_documents": 0,
+        "needs_submission": False,
         "kept_tokens": math.nan,
         "total_tokens": math.nan,
+        "layer_tokens": math.nan,
         "status": "missing",
         "error": "",
         "note": "",
@@ -454,8 +460,10 @@ def _task_row(key: tuple[str, str, str], task: str, row: Mapping[str, _Entry], f
         "spread": stats.spread([float(value) for value in entry.done["score"]]),
         "seeds": len(entry.done),
         "n_documents": int(entry.first("n_documents")),
+        "needs_submission": bool(entry.first("needs_submission")),
         "kept_tokens": entry.mean("kept_tokens"),
         "total_tokens": entry.mean("total_tokens"),
+        "layer_tokens": entry.mean("layer_tokens"),
     }
     out["note"] = _obstacle(entry, full)
     if out["note"]:
@@ -478,9 +486,9 @@ def _summary_row(
     method = _method(row)
     counted = [line for line in details if math.isfinite(line["relative"])]
     kept = [line for line in details if math.isfinite(line["kept_tokens"]) and math.isfinite(line["total_tokens"])]
-    kept_tokens, total_tokens = (
+    kept_tokens, total_tokens, layer_tokens = (
         math.fsum(line[name] for line in kept) / len(kept) if kept else math.nan
-        for name in ("kept_tokens", "total_tokens")
+        for name in ("kept_tokens", "total_tokens", "layer_tokens")
     )
     out: dict[str, Any] = {
         "backbone": backbone,
@@ -501,6 +509,7 @@ def _summary_row(
         "distinguishable_from_best": None,
         "kept_tokens": kept_tokens,
         "total_tokens": total_tokens,
+        "layer_tokens": layer_tokens,
         "share_kept": kept_tokens / total_tokens if total_tokens > 0 else math.nan,
         "failed_tasks": sum(line["status"] == "failed" for line in details),
     }
@@ -622,7 +631,7 @@ def _score_text(line: Mapping[str, Any], scale: float) -> str:
     if line["status"] == "failed":
         return "failed"
     if not math.isfinite(line["score"]):
-        return "n/a"
+        return "needs submission" if line["needs_submission"] else "n/a"
     text = _number(line["score"], scale)
     if math.isfinite(line["spread"]):
         text += f" ±{_number(line['spread'], scale)}"
@@ -652,6 +661,17 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
+def _kept_text(row: Mapping[str, Any]) -> str:
+    """Kept tokens; beside them the average over the layers where tokens are dropped inside the LLM: equal K is not
+    equal cost."""
+    if not math.isfinite(row["kept_tokens"]):
+        return "-"
+    text = f"{row['kept_tokens']:.1f}"
+    if math.isfinite(row["layer_tokens"]) and abs(row["layer_tokens"] - row["kept_tokens"]) > 0.05:
+        text += f" ({row['layer_tokens']:.1f} a layer)"
+    return text
+
+
 def _display(summary: pd.DataFrame, tidy: pd.DataFrame, tasks: pd.DataFrame) -> pd.DataFrame:
     scales = {(row["backbone"], row["task"]): float(row["scale"]) for row in _records(tasks)}
     lines = {(line["backbone"], line["label"], line["budget"], line["task"]): line for line in _records(tidy)}
@@ -672,7 +692,7 @@ def _display(summary: pd.DataFrame, tidy: pd.DataFrame, tasks: pd.DataFrame) -> 
         shown |= {
             "mean rel. %": mean,
             "95 % vs full": f"[{row['low']:+.1f}, {row['high']:+.1f}]" if math.isfinite(row["low"]) else "-",
-            "kept tokens": f"{row['kept_tokens']:.1f}" if math.isfinite(row["kept_tokens"]) else "-",
+            "kept tokens": _kept_text(row),
             "kept": f"{100 * row['share_kept']:.1f}%" if math.isfinite(row["share_kept"]) else "-",
             "remark": _remark(row),
         }

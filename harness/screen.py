@@ -101,7 +101,8 @@ class SweepScreen(SweepProgress):
                 f"failed: {cell.spec.title}: {record.error}", markup=False, highlight=False, soft_wrap=True
             )
         elif not self._console.is_terminal:
-            score = "-" if record.score is None else f"{record.score:.4g}"
+            none = "needs submission" if record.needs_submission else "-"
+            score = none if record.score is None else f"{record.score:.4g}"
             self._console.print(
                 f"done: {cell.spec.title}: {record.metric} {score}, "
                 f"{record.kept_tokens or 0:.1f} of {record.total_tokens or 0:.1f} visual tokens",

@@ -238,7 +238,8 @@ def cells_of(spec: SweepSpec) -> list[CellSpec]:
                 drawn = "seed" in options_of(method.name) and "seed" not in method.options
                 for budget in [Share(1.0)] if method.name == "full" else budgets:
                     for seed in spec.seeds if drawn or sampled else spec.seeds[:1]:
-                        options = resolve_options(method.name, {**({"seed": seed} if drawn else {}), **method.options})
+                        given = {**({"seed": seed} if drawn else {}), **method.options}
+                        options = resolve_options(method.name, given, backbone.pretrained)
                         cells.append(CellSpec(backbone, method.name, method.label, options, budget, task, seed))
     return cells
 

@@ -153,10 +153,14 @@ class CellRecord(BaseModel):
     )
     cluster_key: str | None = Field(default=None, description="field of the document that the samples' `cluster` holds")
     n_documents: int = 0
+    needs_submission: bool = Field(default=False, description="scored by the benchmark's server: a file was written")
     n_skipped: int = Field(default=0, description="documents that could not be read and count as unanswered")
     kept_tokens: float | None = Field(default=None, description="mean over documents that have visual tokens, measured")
     total_tokens: float | None = Field(
         default=None, description="the same mean of the visual tokens before compression"
+    )
+    layer_tokens: float | None = Field(
+        default=None, description="the same mean of the visual tokens averaged over the LLM's layers"
     )
     status: Literal["done", "failed"] = "done"
     error: str | None = Field(default=None, description="why the cell failed")
@@ -175,7 +179,7 @@ class CellRecord(BaseModel):
     def _budget(cls, value: Any) -> str:
         return str(parse_budget(value))
 
-    @field_validator("score", "kept_tokens", "total_tokens", mode="after")
+    @field_validator("score", "kept_tokens", "total_tokens", "layer_tokens", mode="after")
     @classmethod
     def _finite(cls, value: float | None) -> float | None:
         # JSON has no nan; None says the same: there is no number.
@@ -551,7 +555,7 @@ def load_run(path: str | Path) -> RunFrames:
     if not rows:
         raise InputError(f"no finished or failed cell in '{path}': it is no run folder, or its sweep has only begun")
     cells = pd.DataFrame(rows, columns=list(RECORD_COLUMNS))
-    for name in ("score", "kept_tokens", "total_tokens", "seconds", "scale"):
+    for name in ("score", "kept_tokens", "total_tokens", "layer_tokens", "seconds", "scale"):
         cells[name] = cells[name].astype("float64")
     order = ["backbone", "task", "label", "budget", "seed", "digest"]
     cells = cells.sort_values(order, kind="stable", ignore_index=True)

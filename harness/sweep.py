@@ -382,7 +382,7 @@ def _score(run: Run, cell: PlannedCell, group: Group, seconds: float, result: Sw
                 "doc_hash": document.doc_hash,
                 **{
                     k: answers[document.task, document.doc_id][k]
-                    for k in ("kept_tokens", "total_tokens", "prompt_tokens", "new_tokens", "skipped")
+                    for k in ("kept_tokens", "total_tokens", "layer_tokens", "prompt_tokens", "new_tokens", "skipped")
                 },
             }
             for document in scored.documents
@@ -399,9 +399,11 @@ def _score(run: Run, cell: PlannedCell, group: Group, seconds: float, result: Sw
         mean_of_documents=scored.mean_of_documents,
         cluster_key=bound.entry.cluster_key,
         n_documents=len(samples),
+        needs_submission=scored.needs_submission,
         n_skipped=int((samples["skipped"] != "").sum()),
         kept_tokens=float(visual["kept_tokens"].mean()) if len(visual) else None,
         total_tokens=float(visual["total_tokens"].mean()) if len(visual) else None,
+        layer_tokens=float(visual["layer_tokens"].mean()) if len(visual) else None,
         seconds=seconds,
     )
     run.finish(cell.digest, record, samples)

@@ -19,6 +19,8 @@ from .splice import CompressedPrompt, Encoded
 if TYPE_CHECKING:
     from torch import LongTensor
 
+    from .decoder_pruning import Entered
+
 
 @dataclass(frozen=True)
 class Request:
@@ -54,8 +56,9 @@ class Answer:
     Attributes
     ----------
     text: decoded, cut at the first stop string.
-    kept_tokens, total_tokens: visual tokens that entered the LLM, and before compression.
+    kept_tokens, total_tokens: visual tokens that reached the LLM's last layer, and before compression.
     prompt_tokens: all tokens that entered the LLM. new_tokens: generated, the end token included.
+    layer_tokens: visual tokens averaged over the LLM's layers: kept_tokens where nothing is dropped inside the LLM.
     """
 
     text: str
@@ -63,6 +66,7 @@ class Answer:
     total_tokens: int
     prompt_tokens: int
     new_tokens: int
+    layer_tokens: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -114,11 +118,12 @@ class Answerer:
         if arguments["do_sample"]:
             name = f"{setting.seed}:{setting.compressor.name}:{setting.budget}:{'|'.join(keys)}"
             torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1)
-        with torch.no_grad():
-            tokens = self.backbone.run_generate(compressed, **arguments)
-        return self._decode(batch.requests, compressed, tokens)
+        tokens, seen = self.backbone.run_generate(compressed, **arguments)
+        return self._decode(batch.requests, compressed, seen, tokens)
 
-    def _decode(self, requests: Sequence[Request], compressed: CompressedPrompt, tokens: LongTensor) -> list[Answer]:
+    def _decode(
+        self, requests: Sequence[Request], compressed: CompressedPrompt, seen: Entered, tokens: LongTensor
+    ) -> list[Answer]:
         tokenizer = self.backbone.processor.tokenizer
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         ends = self.backbone.end_tokens
@@ -129,10 +134,11 @@ class Answerer:
             answers.append(
                 Answer(
                     text=cut(texts[i], request.until),
-                    kept_tokens=len(compressed.kept[i]),
+                    kept_tokens=len(seen.kept[i]),
                     total_tokens=compressed.totals[i],
                     prompt_tokens=prompt_lengths[i],
                     new_tokens=length,
+                    layer_tokens=seen.layer_tokens[i],
                 )
             )
         return answers

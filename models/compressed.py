@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from visionselector_eval.baselines import build, parse_budget
 from visionselector_eval.baselines.base import InputError
+from visionselector_eval.baselines.registry import resolve_options
 
 from .answering import Answer, Answerer, Request, Setting
 from .backbones.base import Backbone
@@ -109,7 +110,7 @@ class VisionSelectorQwen2_5_VL(lmms):
         super().__init__()
         media = {f.name: options.pop(f.name) for f in dataclasses.fields(MediaSettings) if f.name in options}
         settings = MediaSettings(**media_fields(protocol, media))
-        self.setting = Setting(build(method, **options), parse_budget(budget))
+        self.setting = Setting(build(method, **resolve_options(method, options, pretrained)), parse_budget(budget))
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 0
         if self.batch_size < 1:
             raise InputError(f"batch_size={batch_size!r} is not usable: give a whole number of at least 1")

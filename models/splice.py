@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +18,7 @@ import torch
 from visionselector_eval.baselines.base import (
     Budget,
     Compressor,
+    DecoderCompressor,
     EncoderTrace,
     InputError,
     Selection,
@@ -95,6 +96,10 @@ class CompressedPrompt:
     kept: for each prompt the kept visual indices, ascending, on the CPU; 0 is the first visual token of that prompt.
     totals: for each prompt its visual tokens before compression.
     scores: for each prompt (N,) float or None.
+    visual, question: (B, S') bool, places of visual tokens and of the question's.
+    items: for each prompt the sizes of its images and videos, in order: (before compression, kept).
+    decoder: what is still to be dropped inside the LLM, a method and its budget; None for nothing. `kept` then holds
+        what enters the LLM's first layer.
     """
 
     input_ids: LongTensor
@@ -104,6 +109,29 @@ class CompressedPrompt:
     kept: list[LongTensor]
     totals: list[int]
     scores: list[Tensor | None]
+    visual: Tensor
+    question: Tensor
+    items: list[list[tuple[int, int]]]
+    decoder: tuple[DecoderCompressor, Budget] | None = None
+
+
+def repad(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Left-padding again after columns were dropped: the i-th kept token of a row of n goes to column S' - n + i.
+
+    Parameters
+    ----------
+    keep: (B, S) bool.
+
+    Returns
+    -------
+    source: (B, S') int64, the column that each token comes from (0 on padding); mask: (B, S') bool, False on padding.
+    """
+    lengths = keep.sum(1)
+    size = int(lengths.max())
+    source = torch.zeros(keep.shape[0], size, dtype=torch.int64, device=keep.device)
+    mask = torch.arange(size, device=keep.device)[None] >= (size - lengths)[:, None]
+    source[mask] = keep.nonzero()[:, 1]
+    return source, mask
 
 
 def prompt_key(ids: LongTensor) -> str:
@@ -116,12 +144,12 @@ def _cat_traces(traces: Sequence[EncoderTrace]) -> EncoderTrace:
         parts = [getattr(t, name) for t in traces]
         return None if any(p is None for p in parts) else torch.cat(parts)
 
-    return EncoderTrace(received=cat("received"), keys=cat("keys"), cls=cat("cls"))
+    return EncoderTrace(**{field.name: cat(field.name) for field in fields(EncoderTrace)})
 
 
 def _scopes(items: Sequence[VisualItem], compressor: Compressor, text: Tensor | None, key: str) -> list[VisualTokens]:
     """The scopes that `compressor` sees of one prompt: each image or video, or everything together."""
-    wants_trace = bool(compressor.needs & {"received", "keys", "cls"})
+    wants_trace = any(field.name in compressor.needs for field in fields(EncoderTrace))
     groups = [[item] for item in items] if compressor.scope == "item" else [list(items)]
     scopes = []
     for number, group in enumerate(groups):
@@ -176,6 +204,7 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
     kept_rows: list[LongTensor] = []
     totals: list[int] = []
     scores: list[Tensor | None] = []
+    sizes: list[list[tuple[int, int]]] = []
     for row, items in enumerate(encoded.rows):
         total = sum(item.features.shape[0] for item in items)
         places = prompt.visual[row].nonzero().squeeze(1)
@@ -185,6 +214,7 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
         if not items:
             kept_rows.append(torch.empty(0, dtype=torch.int64))  # type: ignore[arg-type]
             scores.append(None)
+            sizes.append([])
             continue
         text = prompt.embeds[row][prompt.question[row]] if "text" in compressor.needs else None
         scopes = _scopes(items, compressor, text, prompt.keys[row])
@@ -202,15 +232,13 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
         keep[row, places[index]] = True
         embeds[row, places[index]] = torch.cat(features).to(embeds.dtype)
         kept_rows.append(on_cpu)  # type: ignore[arg-type]
+        own = [item.features.shape[0] for item in items]
+        owner = torch.bucketize(on_cpu, torch.tensor(own).cumsum(0), right=True)
+        sizes.append(list(zip(own, owner.bincount(minlength=len(own)).tolist(), strict=True)))
         has_scores = all(s.scores is not None for s in selections)
         scores.append(torch.cat([s.scores for s in selections if s.scores is not None]) if has_scores else None)
 
-    # Left-padding again: the i-th kept token of a row of n goes to column S' - n + i.
-    lengths = keep.sum(1)
-    size = int(lengths.max())
-    source = torch.zeros(keep.shape[0], size, dtype=torch.int64, device=device)
-    mask = torch.arange(size, device=device)[None] >= (size - lengths)[:, None]
-    source[mask] = keep.nonzero()[:, 1]
+    source, mask = repad(keep)
 
     def gather(tensor: Tensor) -> Tensor:
         return tensor.gather(1, source).masked_fill(~mask, 0)
@@ -224,4 +252,7 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
         kept=kept_rows,
         totals=totals,
         scores=scores,
+        visual=prompt.visual.gather(1, source) & mask,
+        question=prompt.question.gather(1, source) & mask,
+        items=sizes,
     )

@@ -314,9 +314,9 @@ def score(
         else:
             Path(output_path).mkdir(parents=True, exist_ok=True)
             keep = True
-        before = {p for p in Path(output_path).rglob("*") if p.is_file()} if keep else set()
+        before = _files(output_path) if keep else {}
         results = _evaluate(bound, responses, output_path)
-        written = sorted({p for p in Path(output_path).rglob("*") if p.is_file()} - before) if keep else []
+        written = sorted(p for p, stamp in _files(output_path).items() if before.get(p) != stamp) if keep else []
     if keep and bound.entry.needs_submission and not written:
         raise InputError(f"{bound.name}: upstream's code wrote no submission file for these answers")
     metrics = _metrics(bound, results)
@@ -332,6 +332,12 @@ def score(
         submissions=written,
         needs_submission=bound.entry.needs_submission,
     )
+
+
+def _files(folder: str | Path) -> dict[Path, tuple[int, int]]:
+    # With time and size: an earlier scoring of the same cell may have left files of the same names.
+    stamps = ((p, p.stat()) for p in Path(folder).rglob("*") if p.is_file())
+    return {p: (stamp.st_mtime_ns, stamp.st_size) for p, stamp in stamps}
 
 
 def _unknown_task(name: str, upstream: list[str]) -> InputError:
@@ -384,7 +390,7 @@ def _load_tasks(manager: Any, name: str, override: Mapping[str, Any] | None = No
     """
     wanted: str | dict[str, Any] = {"task": name, **copy.deepcopy(dict(override))} if override else name
     try:
-        with _one_at_a_time, host.quiet(), host.no_waiting_offline():
+        with _one_at_a_time, host.quiet(), host.no_waiting_offline(), host.no_word_lists(name):
             return dict(_leaves(manager.load_task_or_group([wanted], task_type="chat")))
     except (Exception, SystemExit) as error:
         cause = _cause(error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import io
 import logging
 import os
@@ -20,18 +21,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from PIL import ImageFile
+
 log = logging.getLogger("lmms_eval")
 
 
 @functools.cache
 def lmms_eval() -> Any:
     """The parts of lmms-eval that we use: `simple_evaluate`, `TaskManager`, `ChatMessages`, `lmms` and
-    `tasks_folder`."""  # Some task files read HF_HOME without a default (nextqa: KeyError) when they are imported.
+    `tasks_folder`."""
+    # Some task files read HF_HOME without a default (nextqa: KeyError) when they are imported.
     if "HF_HOME" not in os.environ:
         from huggingface_hub.constants import HF_HOME
 
         os.environ["HF_HOME"] = str(HF_HOME)
-    first = "lmms_eval.evaluator" not in sys.modules
+    first, truncated = "lmms_eval.evaluator" not in sys.modules, ImageFile.LOAD_TRUNCATED_IMAGES
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         import lmms_eval as package
         from lmms_eval.api.model import lmms
@@ -40,6 +44,8 @@ def lmms_eval() -> Any:
         from lmms_eval.tasks import TaskManager
     if first:
         _reroute_loguru()
+    # lmms-eval turns this on for all: a picture file cut off half-way would be shown with a grey rest, as if whole.
+    ImageFile.LOAD_TRUNCATED_IMAGES = truncated and first
     return SimpleNamespace(
         simple_evaluate=simple_evaluate,
         TaskManager=TaskManager,
@@ -126,3 +132,46 @@ def no_waiting_offline() -> Iterator[None]:
         yield
     finally:
         retrying.stop = stop
+
+
+@contextlib.contextmanager
+def no_word_lists(task: str) -> Iterator[None]:
+    """Keep NExT-QA's code from fetching word lists over the network, three for each function that its task file names.
+
+    Only its open-ended tasks use them. Multiple choice never needs them, and without the hub nothing does.
+    """
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if "nextqa" not in task or not (HF_HUB_OFFLINE or task.endswith("nextqa_mc_test")):
+        yield
+        return
+    try:
+        nltk: Any = importlib.import_module("nltk")
+    except ImportError:  # upstream does without as well
+        yield
+        return
+    original, nltk.download = nltk.download, lambda *_, **__: False
+    try:
+        yield
+    finally:
+        nltk.download = original
+
+
+@contextlib.contextmanager
+def no_judge() -> Iterator[None]:
+    """MMBench's scoring without a server.
+
+    Where an answer names no letter, upstream asks a judge over the network and, without a key, waits minutes for
+    nothing and then guesses. Inside, the rule of upstream's own key-free variant (`mmbench_en_dev_static`) decides, for
+    every language.
+    """
+    module = sys.modules.get("lmms_eval.tasks.mmbench.mmbench_evals")
+    if module is None:  # no MMBench task is loaded
+        yield
+        return
+    evaluator, original = module.MMBench_Evaluator, module.MMBench_Evaluator.eval_result
+    evaluator.eval_result = lambda self, results, eval_method: original(self, results, "static")
+    try:
+        yield
+    finally:
+        evaluator.eval_result = original

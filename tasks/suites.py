@@ -21,7 +21,7 @@ class TaskEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    metric: str = Field(description="metric name in simple_evaluate's results")
+    metric: str = Field(description="metric name in simple_evaluate's results; for a server's task, \"submission\"")
     filter: str = Field(default="none", description="filter name in simple_evaluate's results")
     scale: float | None = Field(default=1.0, gt=0, description="largest value of the headline; None: not known")
     higher_is_better: bool = True
@@ -30,7 +30,10 @@ class TaskEntry(BaseModel):
     pair: int = Field(default=1, ge=1)
     combine: Literal["mean"] | None = None
     fixed_denominator: int | None = Field(default=None, ge=1)
+    circular: int | None = Field(default=None, ge=2)
     target: str | None = None
+    needs_submission: bool = False
+    published: str = ""
     mirror_of: str | None = None
     about: str = ""
 
@@ -56,7 +59,8 @@ class Suites(BaseModel):
             original = own.get("mirror_of")
             if original is not None and original not in raw["tasks"]:
                 raise ValueError(f"{name} mirrors {original}, which has no entry")
-            tasks[name] = {**raw["tasks"][original], **own} if original else own
+            # What papers report is about the original.
+            tasks[name] = {**raw["tasks"][original], "published": "", **own} if original else own
         return {**raw, "tasks": tasks}
 
     @field_validator("suites", mode="before")

@@ -34,7 +34,8 @@ class Row:
     merges: bool = False
 
     def __str__(self) -> str:
-        return self.name + ("-upstream" if self.options.get("upstream_exact") else "")
+        said = [value if isinstance(value, str) else f"{key}{value}" for key, value in self.options.items()]
+        return "-".join([self.name, *("upstream" if s == "upstream_exactTrue" else s for s in said)])
 
     def build(self) -> Any:
         return build(self.name, **self.options)
@@ -48,10 +49,33 @@ COMPRESSORS = [
     Row("visionselector"),
     Row("divprune"),
     Row("visionzip", merges=True),
+    Row("prumerge_plus", merges=True),
+    Row("holov"),
+    Row("cdpruner"),
+    Row("vispruner"),
+    Row("idpruner"),
+    Row("id_selection"),
+    Row("tome", merges=True),
+    Row("fusion2x2", merges=True),
+    Row("pooling", merges=True),
+    Row("fastv"),
+    Row("pyramiddrop"),
     Row("downsample", {"upstream_exact": True}, exact_count=False, merges=True),
     Row("visionselector", {"upstream_exact": True}),
     Row("divprune", {"upstream_exact": True}),
     Row("visionzip", {"upstream_exact": True}, merges=True),
+    Row("prumerge_plus", {"upstream_exact": True}, merges=True),
+    Row("holov", {"upstream_exact": True}),
+    Row("cdpruner", {"upstream_exact": True}),
+    Row("vispruner", {"upstream_exact": True}),
+    Row("idpruner", {"upstream_exact": True}),
+    Row("id_selection", {"upstream_exact": True}),
+    Row("tome", {"upstream_exact": True}, merges=True),
+    Row("fusion2x2", {"upstream_exact": True}, merges=True),
+    Row("pooling", {"upstream_exact": True}, merges=True),
+    Row("fastv", {"upstream_exact": True}),
+    Row("fastv", {"rows": "all", "layer": 3}),
+    Row("pyramiddrop", {"upstream_exact": True}),
 ]
 CANONICAL = [row for row in COMPRESSORS if not row.options]
 

@@ -2,7 +2,7 @@
 
 In README.md and docs/, every block marked `sh`, `python`, `yaml` or `toml` is used, in order, in an empty folder that
 holds `picture.png`; `file=NAME` writes a block there, `sh hub` is only parsed. `python tests/test_docs.py` writes the
-table of a sweep's fields anew.
+table of a sweep's fields and the sections of methods anew.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from source_tree import ROOT
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OURS = (["visionselector-eval"], ["python", "run_eval.py"])
 FIELDS = ("<!-- fields: written by tests/test_docs.py -->\n", "<!-- end of fields -->")
+METHODS = ("<!-- methods: written by tests/test_docs.py -->\n", "<!-- end of methods -->")
 
 
 @dataclass(frozen=True)
@@ -183,9 +184,38 @@ def spec_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def method_sections() -> str:
+    """The registry as a table of all compressors and a section for each, from their docstrings and options."""
+    import dataclasses
+    import inspect
+
+    from visionselector_eval.baselines.registry import BUILTIN, compressor_class
+
+    rows = ["| method | stage | reads | trained | what it does |", "|---|---|---|---|---|"]
+    sections = []
+    for name in sorted(BUILTIN):
+        method = compressor_class(name)
+        text = inspect.getdoc(method) or ""
+        options = [f for f in dataclasses.fields(method) if f.name != "upstream_exact"]
+        reads = ", ".join(sorted(method.needs)) or ("hidden states" if method.stage == "decoder" else "features")
+        trained = "yes" if any(f.name in ("scorer", "predictor") for f in options) else "no"
+        rows.append(f"| [{name}](#{name}) | {method.stage} | {reads} | {trained} | {text.splitlines()[0]} |")
+        lines = [f"- `{f.name}` (default `{f.default!r}`): {f.metadata['help']}" for f in options]
+        sections.append("\n".join([f"## {name}", "", text, *(["", "Options:", "", *lines] if lines else [])]))
+    return "\n".join(rows) + "\n\n" + "\n\n".join(sections) + "\n\n"
+
+
+def rewritten(text: str, markers: tuple[str, str], content: str) -> str:
+    start, end = text.index(markers[0]) + len(markers[0]), text.index(markers[1])
+    return text[:start] + content + text[end:]
+
+
 def with_spec_table(text: str) -> str:
-    start, end = text.index(FIELDS[0]) + len(FIELDS[0]), text.index(FIELDS[1])
-    return text[:start] + spec_table() + text[end:]
+    return rewritten(text, FIELDS, spec_table())
+
+
+def with_method_sections(text: str) -> str:
+    return rewritten(text, METHODS, method_sections())
 
 
 def test_the_table_of_fields_is_the_spec() -> None:
@@ -193,15 +223,9 @@ def test_the_table_of_fields_is_the_spec() -> None:
     assert text == with_spec_table(text), "run `python tests/test_docs.py`"
 
 
-def test_every_method_has_a_section_that_names_its_options() -> None:
-    from visionselector_eval.baselines.registry import BUILTIN, options_of
-
+def test_the_sections_of_methods_are_the_registry() -> None:
     text = (ROOT / "docs" / "methods.md").read_text()
-    sections = {part.split("\n", 1)[0]: part for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]}
-    for name in BUILTIN:
-        assert name in sections, f"docs/methods.md has no section '## {name}'"
-        for option in options_of(name):
-            assert option == "upstream_exact" or f"`{option}`" in sections[name], f"{name}: option {option}"
+    assert text == with_method_sections(text), "run `python tests/test_docs.py`"
 
 
 def test_the_model_arguments_are_listed() -> None:
@@ -228,5 +252,6 @@ def test_links_and_named_files_exist(document: Path) -> None:
 
 
 if __name__ == "__main__":
-    page = ROOT / "docs" / "sweep.md"
-    page.write_text(with_spec_table(page.read_text()))
+    for file, write in (("sweep.md", with_spec_table), ("methods.md", with_method_sections)):
+        page = ROOT / "docs" / file
+        page.write_text(write(page.read_text()))

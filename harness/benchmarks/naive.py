@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -179,11 +180,11 @@ def naive_prumerge(
 
 
 def naive_holov(attention: Tensor, count: int, crops: int, features: Tensor | None = None) -> list[int]:
-    """HoloV's picks by crop and attention (METHODS 3.9), with the variance of similarities where `features` are given."""
+    """HoloV's picks by crop and attention (METHODS 3.9), with its variance of similarities if `features` are given."""
     starts = [0]
     for crop in range(crops):
         starts.append(starts[-1] + len(attention) // crops + (crop < len(attention) % crops))
-    members = [list(range(a, b)) for a, b in zip(starts, starts[1:], strict=False)]
+    members = [list(range(a, b)) for a, b in pairwise(starts)]
     attention = attention.double()
     scores = torch.stack([attention[m].mean() for m in members])
     for number, m in enumerate(members if features is not None else []):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,6 +13,8 @@ import torch
 from visionselector_eval.baselines.base import (
     Budget,
     Compressor,
+    DecoderCompressor,
+    EncoderTrace,
     Host,
     InputError,
     Share,
@@ -20,6 +22,13 @@ from visionselector_eval.baselines.base import (
     parse_budget,
 )
 from visionselector_eval.baselines.full import Full
+from visionselector_eval.models.decoder_pruning import (
+    DecoderPruning,
+    Entered,
+    LayerAccess,
+    entered,
+    refuse_unusual_generation,
+)
 from visionselector_eval.models.splice import CompressedPrompt, Encoded, Prompt, prompt_key, splice
 
 if TYPE_CHECKING:
@@ -27,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ALL_TRACES = frozenset({"received", "keys", "cls"})
+ALL_TRACES = frozenset(field.name for field in fields(EncoderTrace))
 _EVERYTHING = Full()
 
 
@@ -37,14 +46,16 @@ class PrefillOutput:
 
     Attributes
     ----------
-    kept: for each sample the kept visual indices, ascending, CPU; 0 is the first visual token of that prompt.
+    kept: for each sample the visual indices that reached the last layer, ascending, CPU; 0 is the first visual token of
+        that prompt.
     totals: for each sample its visual tokens before compression.
     scores: for each sample (N,) or None: the compressor's scores, for pictures.
-    position_ids: (3, B, S') int64 ((B, S') for backbones with 1-D positions); 0 on padding.
+    position_ids: (3, B, S') int64 ((B, S') for backbones with 1-D positions); 0 on padding. S' is the last layer's.
     attention_mask: (B, S') int64, 0 on (left) padding.
     hidden: (B, S', D) after the final norm.
     logits: (B, vocab) float32 at the last prompt position.
     layer_lengths: tokens entering each LLM layer, the largest of the batch.
+    layer_tokens: for each sample its visual tokens, averaged over the layers: what to compare methods at.
     """
 
     kept: list[LongTensor]
@@ -55,6 +66,7 @@ class PrefillOutput:
     hidden: Tensor
     logits: Tensor
     layer_lengths: list[int]
+    layer_tokens: list[float]
 
 
 class Backbone(ABC):
@@ -77,7 +89,7 @@ class Backbone(ABC):
         self.processor = processor
         self.id = id
         self.revision = revision
-        self.host = Host(id=id, width=self.width, extra_weights=extra_weights)
+        self.host = Host(id=id, width=self.width, extra_weights=extra_weights, depth=self.depth)
         self._bound: dict[Compressor, Compressor] = {}
 
     # What an adapter must say -----------------------------------------------------------------------------------------
@@ -86,6 +98,16 @@ class Backbone(ABC):
     @abstractmethod
     def width(self) -> int:
         """D, the size of the LLM's embeddings."""
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Layers of the LLM."""
+
+    @property
+    @abstractmethod
+    def layer_access(self) -> LayerAccess:
+        """The LLM's parts that decoder-stage methods read."""
 
     @abstractmethod
     def encode(self, inputs: Mapping[str, Any], needs: frozenset[str] = ALL_TRACES) -> Encoded:
@@ -107,11 +129,11 @@ class Backbone(ABC):
         """`inputs` with pixels lowered by a compressor of stage `pixels`."""
 
     @abstractmethod
-    def run_llm(self, compressed: CompressedPrompt) -> tuple[Tensor, Tensor, list[int]]:
-        """Hidden states (B, S', D) after the final norm, last logits (B, vocab), tokens entering each layer."""
+    def forward(self, compressed: CompressedPrompt) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, S', D) after the final norm and last logits (B, vocab), by the stock forward."""
 
     @abstractmethod
-    def run_generate(self, compressed: CompressedPrompt, **generation: Any) -> LongTensor:
+    def stock_generate(self, compressed: CompressedPrompt, **generation: Any) -> LongTensor:
         """New tokens (B, T) by the stock `generate()`."""
 
     # What is the same for all -----------------------------------------------------------------------------------------
@@ -141,9 +163,10 @@ class Backbone(ABC):
     def bind(self, compressor: Any) -> Compressor:
         """`compressor` made ready for this backbone; weights are looked up once."""
         compressor = as_compressor(compressor)
-        if compressor.stage == "decoder":
+        if compressor.stage == "decoder" and not isinstance(compressor, DecoderCompressor):
             raise InputError(
-                f"method '{compressor.name}' acts inside the LLM: decoder-stage methods have no engine here yet"
+                f"method '{compressor.name}' has stage 'decoder': it must be a DecoderCompressor "
+                "(visionselector_eval.baselines.base)"
             )
         try:
             if compressor not in self._bound:
@@ -176,9 +199,53 @@ class Backbone(ABC):
                 totals = full if full is not None else self.visual_totals(inputs)
                 return CompressedPrompt(**{**vars(result), "totals": totals})
             method = _EVERYTHING
+        first, inside = method, None
+        if isinstance(method, DecoderCompressor):
+            first = method.before or _EVERYTHING
+            inside = (method, share) if share != Share(1.0) else None
         if encoded is None:
-            encoded = self.encode(inputs, method.needs & ALL_TRACES)
-        return splice(self.prompt(inputs, keys), encoded, method, share)
+            encoded = self.encode(inputs, first.needs & ALL_TRACES)
+        return replace(splice(self.prompt(inputs, keys), encoded, first, share), decoder=inside)
+
+    @torch.no_grad()
+    def run_llm(self, compressed: CompressedPrompt) -> PrefillOutput:
+        """Run the LLM over a prompt from `compress`, dropping tokens inside it where the method says so."""
+        if compressed.decoder is None:
+            hidden, logits = self.forward(compressed)
+            seen = entered(compressed, self.depth)
+        else:
+            pruning = DecoderPruning(self.layer_access, compressed)
+            with pruning.installed():
+                hidden, logits = self.forward(compressed)
+            seen = pruning.outcome()
+        positions = seen.position_ids
+        return PrefillOutput(
+            kept=seen.kept,
+            totals=compressed.totals,
+            scores=seen.scores,
+            position_ids=positions if positions.shape[0] > 1 else positions[0],  # type: ignore[arg-type]
+            attention_mask=seen.attention_mask,
+            hidden=hidden,
+            logits=logits.float(),
+            layer_lengths=seen.layer_lengths,
+            layer_tokens=seen.layer_tokens,
+        )
+
+    @torch.no_grad()
+    def run_generate(self, compressed: CompressedPrompt, **generation: Any) -> tuple[LongTensor, Entered]:
+        """New tokens (B, T) for a prompt from `compress`, and what entered the LLM's layers while it was read.
+
+        Raises
+        ------
+        InputError: beam search and the like with a decoder-stage method.
+        """
+        if compressed.decoder is None:
+            return self.stock_generate(compressed, **generation), entered(compressed, self.depth)
+        refuse_unusual_generation(compressed.decoder[0].name, generation, self.model.generation_config)
+        pruning = DecoderPruning(self.layer_access, compressed)
+        with pruning.installed():
+            tokens = self.stock_generate(compressed, **generation)
+        return tokens, pruning.outcome()
 
     @abstractmethod
     def visual_totals(self, inputs: Mapping[str, Any]) -> list[int]:
@@ -209,19 +276,7 @@ class Backbone(ABC):
         ------
         InputError: inputs, compressor or budget that can't be used; one line says why.
         """
-        compressed = self.compress(inputs, compressor, budget, encoded=encoded, keys=keys)
-        hidden, logits, lengths = self.run_llm(compressed)
-        positions = compressed.position_ids
-        return PrefillOutput(
-            kept=compressed.kept,
-            totals=compressed.totals,
-            scores=compressed.scores,
-            position_ids=positions if positions.shape[0] > 1 else positions[0],  # type: ignore[arg-type]
-            attention_mask=compressed.attention_mask,
-            hidden=hidden,
-            logits=logits.float(),
-            layer_lengths=lengths,
-        )
+        return self.run_llm(self.compress(inputs, compressor, budget, encoded=encoded, keys=keys))
 
     @torch.no_grad()
     def generate(
@@ -245,4 +300,5 @@ class Backbone(ABC):
         -------
         (B, T) int64: new tokens only, padded after a row's end.
         """
-        return self.run_generate(self.compress(inputs, compressor, budget, encoded=encoded, keys=keys), **generation)
+        compressed = self.compress(inputs, compressor, budget, encoded=encoded, keys=keys)
+        return self.run_generate(compressed, **generation)[0]

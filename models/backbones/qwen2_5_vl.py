@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.nn import functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb, apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_window_index
 
 from visionselector_eval.baselines.base import Budget, Compressor, EncoderTrace, InputError
 from visionselector_eval.baselines.downsample import Downsample
+from visionselector_eval.models.decoder_pruning import LayerAccess
 from visionselector_eval.models.splice import CompressedPrompt, Encoded, Prompt, VisualItem
 
 from .base import ALL_TRACES, Backbone
@@ -76,14 +77,16 @@ class _Captured:
         cos, sin = (part[rows] for part in self.position_embeddings)
         q, k = apply_rotary_pos_emb_vision(q, k, cos, sin)
         raster = torch.argsort(window_index)
-        received = keys = None
+        received = keys = keys_concat = None
         if "received" in needs:
             # One segment for each temporal step: "full" attention does not cross frames (METHODS 0.1).
             per_patch = received_attention(q, k, [grid[1] * grid[2] * merged] * grid[0], module.scaling)
             received = per_patch.view(n, merged).mean(1)[raster]
         if "keys" in needs:
             keys = k.float().view(n, merged, module.num_heads, -1).mean((1, 2))[raster]
-        return EncoderTrace(received=received, keys=keys)
+        if "keys_concat" in needs:
+            keys_concat = k.float().view(n, merged, -1).mean(1)[raster]
+        return EncoderTrace(received=received, keys=keys, keys_concat=keys_concat)
 
 
 class Qwen2_5_VL(Backbone):
@@ -94,6 +97,14 @@ class Qwen2_5_VL(Backbone):
     @property
     def width(self) -> int:
         return self.model.config.text_config.hidden_size
+
+    @property
+    def depth(self) -> int:
+        return self.model.config.text_config.num_hidden_layers
+
+    @property
+    def layer_access(self) -> LayerAccess:
+        return LayerAccess(self.model.model.language_model, apply_rotary_pos_emb)
 
     @property
     def _merge(self) -> int:
@@ -148,7 +159,7 @@ class Qwen2_5_VL(Backbone):
         inputs = self.to_device(inputs)
         layout = self._layout(inputs)
         # Qwen2.5-VL has no CLS token: what asks for it gets None and says so itself.
-        needs = needs & {"received", "keys"}
+        needs = needs - {"cls"}
         core = self.model.model
         encoded: dict[int, list[VisualItem]] = {}
         for kind, pixels, grid_name, features_of in (
@@ -305,18 +316,16 @@ class Qwen2_5_VL(Backbone):
             new_grids.append((t, new_h * m, new_w * m))
         return torch.cat(patches), torch.tensor(new_grids, device=grids.device, dtype=grids.dtype)
 
-    def run_llm(self, compressed: CompressedPrompt) -> tuple[Tensor, Tensor, list[int]]:
-        language_model = self.model.model.language_model
-        hidden = language_model(
+    def forward(self, compressed: CompressedPrompt) -> tuple[Tensor, Tensor]:
+        hidden = self.model.model.language_model(
             inputs_embeds=compressed.embeds,
             attention_mask=compressed.attention_mask,
             position_ids=_four_rows(compressed),
             use_cache=False,
         ).last_hidden_state
-        lengths = [compressed.embeds.shape[1]] * len(language_model.layers)
-        return hidden, self.model.lm_head(hidden[:, -1]), lengths
+        return hidden, self.model.lm_head(hidden[:, -1])
 
-    def run_generate(self, compressed: CompressedPrompt, **generation: Any) -> LongTensor:
+    def stock_generate(self, compressed: CompressedPrompt, **generation: Any) -> LongTensor:
         # input_ids go along so that a repetition penalty sees the prompt, as it does in the stock model; they must come
         # before position_ids, whose first dimension would else be taken for the batch size.
         output = self.model.generate(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .compressor import VisionSelector
+from .idpruner import IDPruner
 from .scorer import Scorer, load_scorer
 from .soft_topk import soft_topk
 
-__all__ = ["Scorer", "VisionSelector", "load_scorer", "soft_topk"]
+__all__ = ["IDPruner", "Scorer", "VisionSelector", "load_scorer", "soft_topk"]

@@ -1,4 +1,7 @@
-"""`visionselector`: keeps the tokens that a trained scorer finds important (METHODS 3.1)."""
+"""`visionselector`: keeps the tokens that a trained scorer finds important (METHODS 3.1).
+
+`ScorerCompressor` is what it shares with other methods that read the same scores.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,25 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike, fspath
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from visionselector_eval.baselines.base import Host, InputError, ScoreCompressor, VisualTokens
+from visionselector_eval.baselines.base import Compressor, Host, InputError, ScoreCompressor, VisualTokens
 
 from .scorer import Scorer, load_scorer, scorer_keys
 
+# Released checkpoints with a scorer for a stock backbone, which has none of its own: linked in the method's repository.
+PUBLISHED = {
+    "Qwen/Qwen2.5-VL-7B-Instruct": "JulietChoo/VisionSelector-Qwen2.5-VL-7B",
+    "Qwen/Qwen2.5-VL-3B-Instruct": "JulietChoo/VisionSelector-Qwen2.5-VL-3B",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
-class VisionSelector(ScoreCompressor):
-    """Keeps the tokens that a trained scorer finds important, without attention and without the question.
-
-    The weights are those given as `scorer`, else those in the checkpoint of the backbone that it is bound to.
-    Scores in float32 (float64 for float64) in O(N D). Source: arXiv 2510.16598, METHODS 3.1. The scorer
-    compares each token with the mean of its scope: canonically one image or video, with `upstream_exact` all
-    of a prompt's, where K = max(1, int(r * N)). Upstream scores in half precision through an N x N matrix.
-    """
-
-    name = "visionselector"
+class ScorerCompressor(Compressor):
+    """A method that reads the scores of a trained scorer: those given as `scorer`, else the backbone's own weights."""
 
     scorer: str | Scorer | None = field(
         default=None,
@@ -43,14 +45,16 @@ class VisionSelector(ScoreCompressor):
             self.scorer is None or isinstance(self.scorer, Scorer) or (isinstance(self.scorer, str) and self.scorer)
         ):
             raise InputError(
-                f"option scorer={self.scorer!r} of method 'visionselector' is not usable: give a folder, "
+                f"option scorer={self.scorer!r} of method '{self.name}' is not usable: give a folder, "
                 "a .safetensors file or a hub id (in Python also a Scorer)"
             )
 
-    def upstream_count(self, n: int, ratio: float) -> int:
-        return int(ratio * n)
+    @classmethod
+    def defaults_for(cls, backbone: str) -> dict[str, Any]:
+        """The released scorer of a stock backbone."""
+        return {"scorer": PUBLISHED[backbone]} if backbone in PUBLISHED else {}
 
-    def bind(self, host: Host) -> VisionSelector:
+    def bind(self, host: Host) -> ScorerCompressor:
         """A copy that holds its scorer, checked against the backbone's width.
 
         Raises
@@ -64,7 +68,7 @@ class VisionSelector(ScoreCompressor):
             source = f"of checkpoint {host.id}"
             if scorer_keys(host.extra_weights, host.id) is None:
                 raise InputError(
-                    f"visionselector needs scorer weights: checkpoint {host.id} has no "
+                    f"{self.name} needs scorer weights: checkpoint {host.id} has no "
                     "visual.importance_scorer.*; give scorer=FOLDER_OR_ID"
                 )
             module = Scorer.from_state(host.extra_weights, host.id)
@@ -112,7 +116,7 @@ class VisionSelector(ScoreCompressor):
             return self.scorer
         if self.scorer is None:
             raise InputError(
-                "visionselector needs scorer weights: give scorer=FOLDER_OR_ID, or bind it to a backbone "
+                f"{self.name} needs scorer weights: give scorer=FOLDER_OR_ID, or bind it to a backbone "
                 "whose checkpoint has visual.importance_scorer.*"
             )
         return load_scorer(self.scorer)
@@ -131,3 +135,19 @@ class VisionSelector(ScoreCompressor):
         if device not in self._copies or self._copies[device][0] != versions:
             self._copies[device] = versions, deepcopy(module).to(device)
         return self._copies[device][1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionSelector(ScorerCompressor, ScoreCompressor):
+    """Keeps the tokens that a trained scorer finds important, without attention and without the question.
+
+    The weights are those given as `scorer`, else those in the checkpoint of the backbone that it is bound to.
+    Scores in float32 (float64 for float64) in O(N D). Source: arXiv 2510.16598, METHODS 3.1. The scorer
+    compares each token with the mean of its scope: canonically one image or video, with `upstream_exact` all
+    of a prompt's, where K = max(1, int(r * N)). Upstream scores in half precision through an N x N matrix.
+    """
+
+    name = "visionselector"
+
+    def upstream_count(self, n: int, ratio: float) -> int:
+        return int(ratio * n)

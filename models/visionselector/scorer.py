@@ -18,6 +18,7 @@ __all__ = ["Scorer", "load_scorer"]
 
 _PARTS = ("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")
 _MARK = "importance_scorer."
+_ROWS = {"cpu": 256, "cuda": 4096}  # tokens scored together
 _FILE = "scorer.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -78,7 +79,12 @@ class Scorer(nn.Module):
             mean_key = linear(features.mean(dim=0, dtype=dtype), wk, bk)
             # Not a matrix product: that sums a row in an order that depends on the row's place, so that equal
             # tokens (repeated video frames) would get scores a rounding apart and their tie would fall anywhere.
-            scores = ((features * (mean_key @ wq)).sum(dim=1) + bq @ mean_key) / math.sqrt(self.hidden)
+            # A few rows at a time, so that a CPU's cache holds their products until they are summed.
+            direction = mean_key @ wq
+            rows = features.split(_ROWS["cuda" if features.is_cuda else "cpu"])
+            scores = (torch.cat([(part * direction).sum(dim=1) for part in rows]) + bq @ mean_key) / math.sqrt(
+                self.hidden
+            )
         return scores
 
     @classmethod

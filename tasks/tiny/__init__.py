@@ -7,12 +7,15 @@ layout that lmms-eval loads. The evaluation documents are those of `EVALUATION_S
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 
 from visionselector_eval.baselines.errors import InputError, unknown
-from visionselector_eval.tasks.tiny import clips, pictures
+from visionselector_eval.tasks.tiny import clips, pictures, reading, scenes
 from visionselector_eval.tasks.tiny.document import CELL, Document, Generator, Mark
 
 __all__ = [
@@ -45,7 +48,11 @@ class Mirror:
     config: that task's YAML file below lmms-eval's `tasks` folder.
     split: the split that the upstream task reads.
     generator: draws one scene.
-    pair: documents a scene (2 for MME, else 1).
+    pair: documents a scene (2 for MME and MMBench, else 1).
+    media: where upstream looks for what is shown: the column `image`; the columns `image_1` to `image_7`; a list of
+        `frames` in the column `image`; or a `clip`, an MP4 file.
+    clip: for a clip, the column that names the file (without or with ".mp4").
+    changes: further keys of the task file to replace.
     """
 
     name: str
@@ -54,7 +61,23 @@ class Mirror:
     split: str
     generator: Generator
     pair: int = 1
+    media: Literal["image", "images", "frames", "clip"] = "image"
+    clip: str = ""
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
+
+# Upstream lets MMBench's answers grow to 1024 tokens, for models that reason before they name a letter. The embedded
+# model before its training would write on to the limit.
+_SHORT: dict[str, Any] = {
+    "generation_kwargs": {
+        "until": ["ASSISTANT:"],
+        "max_new_tokens": 16,
+        "temperature": 0,
+        "top_p": 1.0,
+        "num_beams": 1,
+        "do_sample": False,
+    }
+}
 
 MIRRORS: dict[str, Mirror] = {
     m.name: m
@@ -71,6 +94,46 @@ MIRRORS: dict[str, Mirror] = {
             "mvbench/mvbench_moving_direction.yaml",
             "train",
             clips.moving,
+            media="clip",
+            clip="video",
+        ),
+        Mirror("tiny_ocrbench", "ocrbench", "ocrbench/ocrbench.yaml", "test", reading.ocr),
+        Mirror("tiny_ai2d_no_mask", "ai2d_no_mask", "ai2d/ai2d_no_mask.yaml", "test", pictures.flow),
+        Mirror("tiny_mmmu_val", "mmmu_val", "mmmu/mmmu_val.yaml", "validation", scenes.exam, media="images"),
+        Mirror("tiny_seedbench", "seedbench", "seedbench/seedbench.yaml", "test", clips.procedure, media="frames"),
+        Mirror(
+            "tiny_videomme", "videomme", "videomme/videomme.yaml", "test", clips.events, media="clip", clip="videoID"
+        ),
+        Mirror(
+            "tiny_nextqa_mc_test",
+            "nextqa_mc_test",
+            "nextqa/nextqa_mc_test.yaml",
+            "test",
+            clips.causes,
+            media="clip",
+            clip="video",
+        ),
+        Mirror("tiny_vqav2_val", "vqav2_val", "vqav2/vqav2_val.yaml", "validation", scenes.vqa),
+        # Upstream joins GQA's pictures from a second data set of the hub; here they are in the first.
+        Mirror("tiny_gqa", "gqa", "gqa/gqa.yaml", "testdev", scenes.relations, changes={"process_docs": None}),
+        Mirror("tiny_vizwiz_vqa_val", "vizwiz_vqa_val", "vizwiz_vqa/vizwiz_vqa_val.yaml", "val", scenes.snapshot),
+        Mirror(
+            "tiny_mmbench_en_dev_static",
+            "mmbench_en_dev_static",
+            "mmbench/mmbench_en_dev_static.yaml",
+            "dev",
+            scenes.choices,
+            pair=2,
+            changes=_SHORT,
+        ),
+        Mirror(
+            "tiny_mmbench_cn_dev",
+            "mmbench_cn_dev",
+            "mmbench/mmbench_cn_dev.yaml",
+            "dev",
+            partial(scenes.choices, chinese=True),
+            pair=2,
+            changes=_SHORT,
         ),
     )
 }

@@ -49,6 +49,12 @@ def pick(rng: np.random.Generator, items: Sequence[str], count: int) -> list[str
     return [items[int(i)] for i in rng.permutation(len(items))[:count]]
 
 
+def options(rng: np.random.Generator, right: str, others: Sequence[str], count: int = 4) -> tuple[list[str], int]:
+    """`count` choices in random order, `right` and some of `others` (which may hold it), and the place of `right`."""
+    choices = pick(rng, [right, *pick(rng, [o for o in others if o != right], count - 1)], count)
+    return choices, choices.index(right)
+
+
 class Canvas:
     """A picture of `rows` x `columns` cells of 28 pixels on a textured background.
 

@@ -21,7 +21,7 @@ class Mark:
     """A cell of the 28-pixel grid that carries information, for training and for pictures; never part of a question.
 
     `row` and `column` count cells from the top left; `text` says what the cell shows ("K7", "red star");
-    `frame` is the video frame, or None for a picture.
+    `frame` is the video frame, or the place of the picture where a question has several; None for a single picture.
     """
 
     row: int
@@ -39,6 +39,7 @@ class Document:
     row: the upstream columns without the media (JSON types only).
     image: the picture, RGB, sides multiples of 28; None for a clip.
     frames: uint8 (T, H, W, 3) of a clip; None for a picture.
+    more: further pictures of the same question, after `image`.
     answer: a response that upstream's metric gives full marks.
     wrong: a plausible response that upstream's metric gives nothing.
     marks: where the information is.
@@ -52,14 +53,21 @@ class Document:
     wrong: str
     marks: tuple[Mark, ...] = ()
     questions: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    more: tuple[Image.Image, ...] = ()
+
+    def pictures(self) -> list[np.ndarray]:
+        """The pictures or frames in order, uint8 (H, W, 3) each."""
+        if self.image is None:
+            assert self.frames is not None
+            return list(self.frames)
+        return [np.asarray(p) for p in (self.image, *self.more)]
 
     def digest(self) -> str:
         """SHA-256 of columns and pixels: what is shown and asked, whatever the file format."""
         sha = hashlib.sha256(json.dumps(self.row, sort_keys=True, ensure_ascii=True).encode())
-        pixels = self.frames if self.image is None else np.asarray(self.image)
-        assert pixels is not None
-        sha.update(repr(pixels.shape).encode())
-        sha.update(np.ascontiguousarray(pixels).tobytes())
+        for pixels in self.pictures():
+            sha.update(repr(pixels.shape).encode())
+            sha.update(np.ascontiguousarray(pixels).tobytes())
         return sha.hexdigest()
 
 

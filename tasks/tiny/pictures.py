@@ -6,20 +6,18 @@ Columns that upstream's task code reads are all there; the others are kept where
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from visionselector_eval.tasks.tiny.canvas import CELL, COLOURS, INK, SHAPES, Canvas, font, pick
+from visionselector_eval.tasks.tiny.canvas import CELL, COLOURS, INK, SHAPES, Canvas, font, options, pick
 from visionselector_eval.tasks.tiny.document import Document, Mark
+from visionselector_eval.tasks.tiny.scenes import WORDS, article, objects, scene
 
 LABELS = ("Date", "Item", "Qty", "Tax", "Size", "Key", "Lot", "Age", "Bin", "Gate", "Unit", "Zip", "Fax", "Day")
 GLYPHS = "ACEHKLMPRTXY234679"
 PEOPLE = ("Ann", "Bob", "Eve", "Kim", "Leo", "Max", "Sam", "Tom", "Zoe", "Ida", "Jan", "Lou")
-WORDS = (
-    "bus", "bar", "zoo", "gym", "tea", "pie", "jam", "hat", "car", "van", "toy", "art",
-    "inn", "spa", "pub", "ice", "nut", "oil", "fox", "cat", "dog", "owl", "bee", "sun",
-)  # fmt: skip
 
 
 def form(rng: np.random.Generator, index: int) -> list[Document]:
@@ -139,52 +137,26 @@ def signs(rng: np.random.Generator, index: int) -> list[Document]:
     return [Document(document, canvas.image, None, words[0], words[1], tuple(marks), pairs)]
 
 
-def _objects(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
-    """`count` objects (colour, shape): different shapes in different colours, so that each is named by either."""
-    colours, shapes = pick(rng, tuple(COLOURS), count), pick(rng, SHAPES, count)
-    return list(zip(colours, shapes, strict=True))
-
-
-def _scene(
-    rng: np.random.Generator, objects: list[tuple[str, str]]
-) -> tuple[Canvas, list[tuple[int, int]], tuple[Mark, ...], list[tuple[str, str]]]:
-    canvas = Canvas(rng, 8, 8, rough=18.0)
-    cells = canvas.choose(len(objects), apart=True)
-    marks = []
-    for (row, column), (colour, shape) in zip(cells, objects, strict=True):
-        canvas.shape(row, column, shape, colour)
-        marks.append(Mark(row, column, f"{colour} {shape}"))
-    canvas.decoys()
-    seen = [shape for _, shape in objects]
-    open_pairs = [(f"What colour is the {s}?", c) for c, s in objects if seen.count(s) == 1]
-    open_pairs += [(f"Which shape is {c}?", s) for c, s in objects if [o[0] for o in objects].count(c) == 1]
-    return canvas, cells, tuple(marks), open_pairs
-
-
-def _article(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
-
-
 def presence(rng: np.random.Generator, index: int) -> list[Document]:
     """POPE: "Is there a red star in the image?", half yes and half no, with the three kinds of negatives."""
-    objects = _objects(rng, int(rng.integers(3, 5)))
-    canvas, _, marks, pairs = _scene(rng, objects)
+    things = objects(rng, int(rng.integers(3, 5)))
+    canvas, _, marks, pairs = scene(rng, things)
     category = ("random", "popular", "adversarial")[index // 2 % 3]
-    colour, shape = objects[0]
+    colour, shape = things[0]
     yes = index % 2 == 0
     if not yes:
-        absent = [s for s in SHAPES if s not in {o[1] for o in objects}]
+        absent = [s for s in SHAPES if s not in {o[1] for o in things}]
         if category == "random":  # the shape is nowhere
             shape = absent[int(rng.integers(len(absent)))]
         elif category == "popular":  # the shape is there, the colour is nowhere
-            unused = [c for c in COLOURS if c not in {o[0] for o in objects}]
+            unused = [c for c in COLOURS if c not in {o[0] for o in things}]
             colour = unused[int(rng.integers(len(unused)))]
-        else:  # shape and colour are both there, on different objects
-            colour = objects[1][0]
+        else:  # shape and colour are both there, on different things
+            colour = things[1][0]
     row = {
         "id": str(index),
         "question_id": str(index),
-        "question": f"Is there {_article(colour)} {shape} in the image?",
+        "question": f"Is there {article(colour)} {shape} in the image?",
         "answer": "yes" if yes else "no",
         "image_source": f"tiny_{index:06d}",
         "category": category,
@@ -202,8 +174,8 @@ def pairs(rng: np.random.Generator, index: int) -> list[Document]:
     if category == "count":
         number, other = (int(v) for v in rng.permutation([1, 2, 3, 4])[:2])
         colours, shapes = pick(rng, tuple(COLOURS), 3), pick(rng, SHAPES, 3)
-        objects = [(colours[0], shapes[0])] * number + [(colours[1], shapes[1]), (colours[2], shapes[2])]
-        canvas, _, marks, extra = _scene(rng, objects)
+        things = [(colours[0], shapes[0])] * number + [(colours[1], shapes[1]), (colours[2], shapes[2])]
+        canvas, _, marks, extra = scene(rng, things)
         many = shapes[0] + ("es" if shapes[0].endswith("s") else "s")
         asked = [
             f"{f'Are there {NUMBERS[n]} {many}' if n > 1 else f'Is there only one {shapes[0]}'} in this image?"
@@ -211,22 +183,22 @@ def pairs(rng: np.random.Generator, index: int) -> list[Document]:
         ]
         extra.append((f"How many {shapes[0]} shapes are there?", NUMBERS[number]))
     else:
-        objects = _objects(rng, int(rng.integers(3, 6)))
-        canvas, cells, marks, extra = _scene(rng, objects)
-        colour, shape = objects[0]
+        things = objects(rng, int(rng.integers(3, 6)))
+        canvas, cells, marks, extra = scene(rng, things)
+        colour, shape = things[0]
         if category == "existence":
-            absent = [s for s in SHAPES if s not in {o[1] for o in objects}]
+            absent = [s for s in SHAPES if s not in {o[1] for o in things}]
             missing = absent[int(rng.integers(len(absent)))]
-            asked = [f"Is there {_article(s)} in this image?" for s in (shape, missing)]
+            asked = [f"Is there {article(s)} in this image?" for s in (shape, missing)]
         elif category == "color":
-            asked = [f"Is the {shape} {c}?" for c in (colour, objects[1][0])]
+            asked = [f"Is the {shape} {c}?" for c in (colour, things[1][0])]
         else:
             # `choose(apart=True)` may leave two objects in one column: take a pair that is clearly left and right.
-            order = sorted(range(len(objects)), key=lambda i: cells[i][1])
+            order = sorted(range(len(things)), key=lambda i: cells[i][1])
             left, right = order[0], order[-1]
             if cells[left][1] == cells[right][1]:
                 return pairs(rng, index)
-            names = [f"{objects[i][0]} {objects[i][1]}" for i in (left, right)]
+            names = [f"{things[i][0]} {things[i][1]}" for i in (left, right)]
             first, second = ("left", "right") if rng.random() < 0.5 else ("right", "left")
             subject, reference = names if first == "left" else names[::-1]
             asked = [f"Is the {subject} on the {side} of the {reference}?" for side in (first, second)]
@@ -245,7 +217,7 @@ def pairs(rng: np.random.Generator, index: int) -> list[Document]:
 def diagram(rng: np.random.Generator, index: int) -> list[Document]:
     """ScienceQA: a diagram whose parts carry letters; name the part at a letter, or the letter of a part."""
     canvas = Canvas(rng, 8, 8, (222, 230, 236), rough=8.0)
-    parts = _objects(rng, int(rng.integers(3, 6)))
+    parts = objects(rng, int(rng.integers(3, 6)))
     letters = pick(rng, tuple("PQRSTUVW"), len(parts))
     columns = [0, 3, 6]
     places = [(r, c) for r in range(0, 8, 2) for c in columns]
@@ -292,3 +264,61 @@ def diagram(rng: np.random.Generator, index: int) -> list[Document]:
     open_pairs += [(f"Which label belongs to the {s}?", name) for name, s in zip(letters, shapes, strict=True)]
     wrong = letter_of[(place + 1) % number]
     return [Document(document, canvas.image, None, letter_of[place], wrong, tuple(marks), tuple(open_pairs))]
+
+
+def flow(rng: np.random.Generator, index: int) -> list[Document]:
+    """AI2D: a chain of labelled parts joined by arrows; what follows or precedes a part, and which label it has."""
+    canvas = Canvas(rng, 8, 8, (226, 233, 222), rough=8.0)
+    path = _chain(rng, int(rng.integers(4, 6)))
+    parts, letters = objects(rng, len(path)), pick(rng, tuple("PQRSTUVW"), len(path))
+    marks: list[Mark] = []
+    for (y, x), (colour, shape), letter in zip(path, parts, letters, strict=True):
+        row, column = 3 * y, 3 * x
+        canvas.shape(row, column, shape, colour, jitter=1)
+        # Below to the right, where no arrow passes.
+        canvas.write(row + 1, column + 1, letter, 17, bold=True, jitter=2)
+        marks += [Mark(row, column, f"{colour} {shape}"), Mark(row + 1, column + 1, letter)]
+    for (y, x), (to_y, to_x) in pairwise(path):
+        marks.append(_arrow(canvas, (3 * y, 3 * x), to_y - y, to_x - x))
+    canvas.decoys()
+    shapes = [shape for _, shape in parts]
+    labels = [(f"Which label does the {s} have?", name, letters) for s, name in zip(shapes, letters, strict=True)]
+    joined = list(pairwise(shapes))
+    after = [(f"What does the arrow from the {a} point to?", b, [s for s in SHAPES if s != a]) for a, b in joined]
+    before = [(f"What comes directly before the {b}?", a, [s for s in SHAPES if s != b]) for a, b in joined]
+    asked = (labels, after, before)[index % 3]
+    question, right, others = asked[int(rng.integers(len(asked)))]
+    texts, place = options(rng, right, others)
+    pairs = [(q, a) for q, a, _ in (*labels, *after, *before)]
+    document = {"question": question, "options": texts, "answer": str(place)}
+    answer, wrong = "ABCD"[place], "ABCD"[(place + 1) % 4]
+    return [Document(document, canvas.image, None, answer, wrong, tuple(marks), tuple(pairs))]
+
+
+def _chain(rng: np.random.Generator, length: int) -> list[tuple[int, int]]:
+    """`length` places of a 3 x 3 grid, each beside the one before."""
+    while True:
+        path = [(int(rng.integers(3)), int(rng.integers(3)))]
+        while len(path) < length:
+            y, x = path[-1]
+            steps = [(y + dy, x + dx) for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0))]
+            steps = [s for s in steps if s not in path and 0 <= s[0] < 3 and 0 <= s[1] < 3]
+            if not steps:
+                break
+            path.append(steps[int(rng.integers(len(steps)))])
+        else:
+            return path
+
+
+def _arrow(canvas: Canvas, start: tuple[int, int], down: int, right: int) -> Mark:
+    """An arrow over the two cells between a part and the next; its head, and so its direction, is in the second."""
+    row, column = start
+    cells = [(row + down * i, column + right * i) for i in (1, 2)]
+    canvas.take(cells)
+    middles = [(c * CELL + CELL // 2, r * CELL + CELL // 2) for r, c in cells]
+    (x0, y0), (x1, y1) = middles
+    canvas.draw.line((x0 - 10 * right, y0 - 10 * down, x1, y1), (80, 80, 95), 3)
+    head = [(x1 + 11 * right, y1 + 11 * down)]
+    head += [(x1 - 5 * right + side * 8 * down, y1 - 5 * down + side * 8 * right) for side in (1, -1)]
+    canvas.draw.polygon(head, (80, 80, 95))
+    return Mark(*cells[1], "arrow " + ("down" if down > 0 else "up" if down else "right" if right > 0 else "left"))

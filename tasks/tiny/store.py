@@ -19,17 +19,23 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from visionselector_eval.baselines.errors import InputError
-from visionselector_eval.tasks.tiny import EVALUATION_SEED, GENERATOR_VERSION, Document, generate, mirror
+from visionselector_eval.tasks.tiny import EVALUATION_SEED, GENERATOR_VERSION, Document, Mirror, generate, mirror
 from visionselector_eval.tasks.tiny.clips import write_clip
 
 DOCUMENTS = 64
 """Documents of a mirror unless asked otherwise."""
+
+_MOST_PICTURES = 7  # of one MMMU question
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ def ensure(
             with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent, ignore_cleanup_errors=True) as tmp:
                 made = Path(tmp) / "made"
                 made.mkdir()
-                _write(documents, made)
+                _write(documents, made, mirror(name))
                 try:
                     made.rename(folder)
                 except OSError:
@@ -103,25 +109,32 @@ def _version() -> str:
     return f"{GENERATOR_VERSION}.{sha.hexdigest()[:8]}"
 
 
-def _write(documents: list[Document], folder: Path) -> None:
+def _write(documents: list[Document], folder: Path, made_by: Mirror) -> None:
     import datasets
     import pyarrow.parquet
 
+    plain = datasets.Dataset.from_list([d.row for d in documents]).features
+    # A column without any value has no type of its own.
+    columns = {k: datasets.Value("string") if getattr(f, "dtype", "") == "null" else f for k, f in plain.items()}
     rows = []
+    if made_by.media == "clip":
+        (folder / "clips").mkdir(exist_ok=True)
     for document in documents:
         row = dict(document.row)
-        if document.image is not None:
-            buffer = io.BytesIO()
-            document.image.save(buffer, "PNG", compress_level=3)
-            row["image"] = {"bytes": buffer.getvalue(), "path": None}
+        pictures = [] if made_by.media == "clip" else [_png(p) for p in document.pictures()]
+        if made_by.media == "image":
+            row["image"] = pictures[0]
+        elif made_by.media == "images":
+            row |= {f"image_{i + 1}": pictures[i] if i < len(pictures) else None for i in range(_MOST_PICTURES)}
+        elif made_by.media == "frames":
+            row["image"] = pictures
         else:
             assert document.frames is not None
-            (folder / "clips").mkdir(exist_ok=True)
-            write_clip(folder / "clips" / row["video"], document.frames)
+            write_clip(folder / "clips" / clip_name(made_by, row), document.frames)
         rows.append(row)
-    table = datasets.Dataset.from_list(rows)
-    if "image" in table.column_names:
-        table = table.cast_column("image", datasets.Image())
+    for name in set(rows[0]) - set(columns):
+        columns[name] = datasets.List(datasets.Image()) if made_by.media == "frames" else datasets.Image()
+    table = datasets.Dataset.from_list(rows, features=datasets.Features({k: columns[k] for k in rows[0]}))
     # Not `to_parquet`, which draws a progress bar.
     pyarrow.parquet.write_table(table.data.table, folder / "data.parquet")
     record = {
@@ -131,6 +144,17 @@ def _write(documents: list[Document], folder: Path) -> None:
         "files": _file_hashes(folder),
     }
     (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _png(pixels: np.ndarray) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=3)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def clip_name(made_by: Mirror, row: Mapping[str, Any]) -> str:
+    """The file of a document's clip."""
+    return f"{str(row[made_by.clip]).removesuffix('.mp4')}.mp4"
 
 
 def _file_hashes(folder: Path) -> dict[str, str]:
@@ -175,10 +199,11 @@ def write_bindings(
                 "cache_dir": str(cache / "hf"),
             },
             "metadata": {"version": 0.0, "data_sha256": stored.content_hash},
+            **found.changes,
         }
         # JSON is YAML; one key a line keeps the files readable.
         text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items())
-        if (stored.folder / "clips").is_dir():
+        if found.media == "clip":
             # Upstream looks for videos below HF_HOME, fixed when its module is imported; ours lie beside the data.
             module = f"media_{name}"
             text += f"doc_to_visual: !function {module}.doc_to_visual\n"
@@ -186,7 +211,7 @@ def write_bindings(
                 "from pathlib import Path\n\n"
                 f"CLIPS = Path({str(stored.folder / 'clips')!r})\n\n\n"
                 "def doc_to_visual(doc, lmms_eval_specific_kwargs=None):\n"
-                '    return [str(CLIPS / doc["video"])]\n'
+                f'    return [str(CLIPS / (str(doc["{found.clip}"]).removesuffix(".mp4") + ".mp4"))]\n'
             )
         texts[f"{name}.yaml"] = text
     digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy
 
-from visionselector_eval.baselines import EncoderTrace, VisualTokens, build, top_k
+from visionselector_eval.baselines import EncoderTrace, VisualTokens, build, cdpruner, holov, id_selection, top_k
+from visionselector_eval.baselines.base import unit_rows
 from visionselector_eval.baselines.divprune import pick_order
-from visionselector_eval.models.visionselector import Scorer, soft_topk
+from visionselector_eval.models.visionselector import Scorer, idpruner, soft_topk
 
 I = torch.arange(16, dtype=torch.float64)[:, None]  # noqa: E741 - METHODS calls the row i
 J = torch.arange(6, dtype=torch.float64)[None]
@@ -82,3 +83,52 @@ def test_visionzip():
     assert printed(selection.features[4, :3]) == [-0.446358, 0.631554, -1.228915]
     for place, target, joined in ((0, 0, [4, 6, 8, 10, 12, 14]), (4, 9, [3, 5, 11, 15])):
         torch.testing.assert_close(selection.features[place], X[target] + X[joined].mean(dim=0))
+
+
+TOKENS = VisualTokens(features=X, grid=(1, 4, 4), trace=EncoderTrace(received=A, keys=Y))
+
+
+def test_holov():
+    """By crop, and inside a crop by attention, as upstream orders them."""
+    assert holov.pick_order(A, count=6, crops=4).tolist() == [1, 2, 7, 6, 13, 12]
+    assert build("holov", crops=4).compress(TOKENS, 6).kept.tolist() == [1, 2, 6, 7, 12, 13]
+
+
+def test_prumerge_plus():
+    """rho = 0, so that one token goes by attention; METHODS prints rows by rank: 7, 0, 2, 4, 6, 8."""
+    selection = build("prumerge_plus", neighbours=4).compress(TOKENS, 6)
+    assert selection.kept.tolist() == [0, 2, 4, 6, 7, 8]
+    assert selection.features is not None
+    assert printed(selection.features[:, 0]) == [0.221408, 0.935199, 0.908904, 0.600802, 0.343363, -0.257836]
+
+
+@pytest.mark.parametrize(("count", "kept"), [(8, [1, 2, 7, 9, 10, 13, 14, 15]), (6, [1, 4, 6, 7, 11, 13])])
+def test_vispruner(count, kept):
+    assert build("vispruner").compress(TOKENS, count).kept.tolist() == kept
+
+
+def test_cdpruner():
+    q = torch.arange(6, dtype=torch.float64)
+    text = unit_rows(torch.stack([torch.sin(0.9 * q), torch.cos(0.4 * q)]))
+    relevance = cdpruner.relevance(unit_rows(X), -text.mean(dim=0))  # upstream's sign, and its mean of cosines
+    assert printed(relevance[[0, 3]]) == [0.301982, 0.628082]
+    assert cdpruner.pick_order(unit_rows(Y), relevance, 5).tolist() == [14, 15, 13, 11, 5]
+
+
+def test_idpruner():
+    assert idpruner.pick_order(X, A, 6).tolist() == [7, 8, 13, 1, 2, 12]
+
+
+def test_id_selection():
+    assert id_selection.pick_order(X, A, 6, gamma=20.0).tolist() == [7, 13, 1, 2, 12, 8]
+    assert build("id_selection").compress(TOKENS, 6).kept.tolist() == [1, 2, 7, 8, 12, 13]
+
+
+def test_tome():
+    """Merges 6 into 15, 14 into 7, 8 into 13 and 12 into 9."""
+    selection, sizes = build("tome", metric="keys").merge(TOKENS, 12)
+    assert selection.kept.tolist() == [0, 1, 2, 3, 4, 5, 7, 9, 10, 11, 13, 15]
+    assert sizes.tolist() == [1, 1, 1, 1, 1, 1, 2, 2, 1, 1, 2, 2]
+    for place, source, target in ((11, 6, 15), (6, 14, 7), (10, 8, 13), (7, 12, 9)):
+        torch.testing.assert_close(selection.features[place], (X[source] + X[target]) / 2)
+    assert printed(selection.features[11, :1]) == [0.099883]

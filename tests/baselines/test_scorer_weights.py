@@ -227,3 +227,15 @@ def test_hub_id_takes_only_the_shards_with_the_scorer(tmp_path, weights, monkeyp
     asked.clear()
     load_scorer("owner/name")
     assert asked == ["scorer.safetensors"]
+
+
+def test_stock_backbones_default_to_their_released_scorer():
+    """`--pretrained Qwen/Qwen2.5-VL-7B-Instruct --methods visionselector` works as it is; what is given wins."""
+    from visionselector_eval.baselines.registry import resolve_options
+
+    stock = "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert resolve_options("visionselector", {}, stock)["scorer"] == "JulietChoo/VisionSelector-Qwen2.5-VL-7B"
+    assert resolve_options("visionselector", {"scorer": "mine"}, stock)["scorer"] == "mine"
+    assert resolve_options("visionselector", {}, "tiny")["scorer"] is None
+    assert resolve_options("visionselector", {})["scorer"] is None
+    assert "scorer" not in resolve_options("divprune", {}, stock)

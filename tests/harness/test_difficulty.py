@@ -288,7 +288,8 @@ def scripted(task: str, documents: int):
             answers = []
             for number, row in enumerate(rows):
                 text = row["answer"] if number % step == 0 else "?"
-                counts = dict.fromkeys(("kept_tokens", "total_tokens", "prompt_tokens", "new_tokens"), 1)
+                names = ("kept_tokens", "total_tokens", "layer_tokens", "prompt_tokens", "new_tokens")
+                counts = dict.fromkeys(names, 1)
                 answers.append({"task": task, "doc_id": number, "answer": text, "skipped": "", **counts})
             yield Answered(work.digest, 0, answers)
 

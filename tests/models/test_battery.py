@@ -22,6 +22,15 @@ def inputs_for(backbone, conversations):
     return build_inputs(backbone.processor, conversations, MediaSettings())
 
 
+def is_decoder(row: Row) -> bool:
+    return row.build().stage == "decoder"
+
+
+def kept_by(backbone, inputs, row: Row, budget):
+    """What a method left of a batch: known before the LLM runs, or only after it dropped tokens inside."""
+    return (backbone.prefill if is_decoder(row) else backbone.compress)(inputs, row.build(), budget)
+
+
 @pytest.fixture(scope="module")
 def prompts(tiny):
     return {name: inputs_for(tiny, make()) for name, make in PROMPTS.items()}
@@ -56,7 +65,7 @@ def test_kept_tokens_are_exactly_the_budgets(row: Row, prompt, tiny, prompts):
     inputs = prompts[prompt]
     items = [[item.features.shape[0] for item in r] for r in tiny.encode(inputs, frozenset()).rows]
     for budget in (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.99, 1.0, Tokens(1), Tokens(7), "64tok"):
-        compressed = tiny.compress(inputs, row.build(), budget)
+        compressed = kept_by(tiny, inputs, row, budget)
         wanted = [sum(parse_budget(budget).count(n) for n in sizes) for sizes in items]
         counts = [len(kept) for kept in compressed.kept]
         assert compressed.totals == [sum(sizes) for sizes in items]
@@ -89,13 +98,16 @@ def test_kept_tokens_keep_their_features_and_positions(row: Row, prompt, tiny, p
     inputs = tiny.to_device(prompts[prompt])
     encoded = tiny.encode(inputs)
     full = tiny.prompt(inputs, [""] * len(inputs["input_ids"]))
-    compressed = tiny.compress(inputs, row.build(), 0.3, encoded=encoded)
+    run = tiny.prefill if is_decoder(row) else tiny.compress
+    compressed = run(inputs, row.build(), 0.3, encoded=encoded)
     for b, kept in enumerate(compressed.kept):
         places = full.visual[b].nonzero().squeeze(1)
         keep = full.attention_mask[b].bool() & ~full.visual[b]
         keep[places[kept]] = True
         real = compressed.attention_mask[b].bool()
         assert torch.equal(compressed.position_ids[:, b, real], full.position_ids[:, b, keep])
+        if is_decoder(row):
+            continue
         assert torch.equal(compressed.input_ids[b, real], full.input_ids[b, keep])
         if len(kept) and not row.merges:
             features = torch.cat([item.features for item in encoded.rows[b]])
@@ -122,6 +134,15 @@ def test_a_batch_row_equals_its_single_run(row: Row, tiny):
 def test_two_images(row: Row, tiny):
     """Canonical: each image as if it were alone. Upstream: one scope, so that budgets can move between images."""
     first, second = picture(224, 280), picture(140, 112, 1)
+    if is_decoder(row):  # its choice depends on the whole prompt; how many of each image does not
+        inputs = inputs_for(tiny, [user(first, "and", second, "What?")])
+        (kept,) = tiny.prefill(inputs, row.build(), 0.25).kept
+        if row.build().scope == "item":
+            assert [int((kept < 80).sum()), int((kept >= 80).sum())] == [20, 5]
+        else:
+            total = inputs["input_ids"].shape[1]
+            assert len(kept) == row.build().counts(100, Share(0.25), 4, total)[-1]
+        return
     both = tiny.compress(inputs_for(tiny, [user(first, "and", second, "What?")]), row.build(), 0.25, keys=["k"])
     if row.name in ("random", "downsample"):
         assert len(both.kept[0]) > 0
@@ -149,6 +170,8 @@ def test_one_vision_pass_serves_all(row: Row, tiny, prompts):
 @every_compressor
 def test_generate_equals_a_decode_by_hand(row: Row, prompt, tiny, prompts):
     """After pruning, each next token is the argmax of a full forward, at the positions of the unpruned prompt."""
+    if is_decoder(row):
+        pytest.skip("test_decoder.py does this with the layers' own tokens")
     inputs = prompts[prompt]
     compressed = tiny.compress(inputs, row.build(), 0.3)
     tokens = tiny.generate(inputs, row.build(), 0.3, max_new_tokens=4, do_sample=False, repetition_penalty=1.0)

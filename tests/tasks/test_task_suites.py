@@ -9,8 +9,9 @@ import pytest
 from pydantic import ValidationError
 
 from visionselector_eval.baselines.errors import InputError
-from visionselector_eval.tasks import host, suites
-from visionselector_eval.tasks.tiny import MIRRORS
+from visionselector_eval.tasks import data, host, suites
+from visionselector_eval.tasks.suites import TaskEntry
+from visionselector_eval.tasks.tiny import MIRRORS, generate
 
 TASKS = suites.load_suites().tasks
 REAL = sorted(name for name, entry in TASKS.items() if entry.mirror_of is None)
@@ -43,6 +44,36 @@ def test_published_suites() -> None:
     assert suites.suite("visionselector9") == nine
     assert suites.suite("visionselector13") == [*nine, "mvbench", "seedbench", "videomme", "nextqa_mc_test"]
     assert suites.suite("tiny") == list(MIRRORS)
+    text = "vqav2_val gqa vizwiz_vqa_val scienceqa_img textvqa_val pope mme mmbench_en_dev_static mmbench_cn_dev"
+    assert suites.suite("llava_stf9") == text.split()
+    # Only what is scored by a server differs.
+    assert {
+        (a, b) for a, b in zip(suites.suite("llava_stf9"), suites.suite("llava_stf9_server"), strict=True) if a != b
+    } == {("vqav2_val", "vqav2_test"), ("vizwiz_vqa_val", "vizwiz_vqa_test")}
+    assert suites.suite("ocr") == ["docvqa_val", "chartqa", "textvqa_val", "ocrbench"]
+    assert suites.suite("video") == ["mvbench", "seedbench", "videomme", "nextqa_mc_test"]
+    media = {MIRRORS[name].media for name in suites.suite("smoke")}
+    assert media == {"image", "images", "clip"}
+
+
+@pytest.mark.parametrize("suite", ["visionselector13", "llava_stf9"])
+def test_every_task_of_the_papers_has_a_mirror(suite: str) -> None:
+    mirrored = {m.upstream for m in MIRRORS.values()}
+    mirrored.add("mvbench")  # by one of its 20 subtasks
+    assert set(suites.suite(suite)) <= mirrored
+    assert set(members("mvbench")) >= {"mvbench_moving_direction"}
+
+
+def test_entries_say_what_papers_report() -> None:
+    for name, entry in TASKS.items():
+        assert bool(entry.published) == (entry.mirror_of is None), name
+        assert entry.about
+        assert "\n" not in entry.published
+
+
+def test_suites_hold_no_mirror_beside_the_real_ones() -> None:
+    for name, tasks in suites.load_suites().suites.items():
+        assert len({TASKS[t].mirror_of is None for t in tasks}) == 1, name
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -58,6 +89,10 @@ def test_entries_exist_upstream(name: str) -> None:
         assert entry.filter in filters
         assert config["output_type"] == "generate_until"
         assert config.get("test_split") or config.get("validation_split")
+        columns = data.upstream(member).columns
+        if columns:  # a test of the local data compares them with what upstream's functions read
+            assert {entry.target} <= {None, *columns}
+        assert entry.needs_submission == (entry.metric == "submission")
     assert (entry.combine == "mean") == (len(members(name)) > 1)
 
 
@@ -66,12 +101,18 @@ def test_mirrors_follow_their_original(name: str) -> None:
     mirror, entry = MIRRORS[name], TASKS[name]
     original = TASKS[mirror.upstream]
     assert entry.mirror_of == mirror.upstream
-    assert (entry.key, entry.pair, entry.cluster_key) == (original.key, original.pair, original.cluster_key)
-    assert entry.pair == mirror.pair
+    inherited = TaskEntry.model_fields.keys() - {"about", "scale", "mirror_of", "published"}
+    assert {k: getattr(entry, k) for k in inherited} == {k: getattr(original, k) for k in inherited}
+    assert mirror.pair % entry.pair == 0
     index = host.task_manager("qwen2_5_vl").task_index
     assert str(host.lmms_eval().tasks_folder / mirror.config) == index[mirror.upstream]["yaml_path"]
     config = definition(mirror.upstream)
     assert mirror.split == config.get("test_split", config.get("validation_split"))
+    assert set(mirror.changes) <= set(config)
+    (document, *_) = generate(name, 0, mirror.pair)
+    columns = {*document.row, "image", "image_1"}
+    assert set(data.upstream(mirror.upstream).columns) <= columns
+    assert {entry.cluster_key, entry.target} <= {None, *columns}
 
 
 def test_unknown_names_get_a_near_match() -> None:

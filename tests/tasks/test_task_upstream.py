@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import io
+import json
+import random
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from visionselector_eval.baselines.errors import InputError
-from visionselector_eval.tasks import binding
+from visionselector_eval.tasks import binding, data, host, suites
+from visionselector_eval.tasks.tiny import MIRRORS, generate, store
 
 PICTURE = Image.new("RGB", (56, 56), "white")
 
 
 def elsewhere(folder: Path, split: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """An override that takes these rows as the data set."""
+    folder.mkdir(exist_ok=True)
     features = None
     if any(isinstance(v, Image.Image) for row in rows for v in row.values()):
         plain = datasets.Dataset.from_list(
@@ -35,6 +42,58 @@ def elsewhere(folder: Path, split: str, rows: list[dict[str, Any]]) -> dict[str,
 
 def reply(bound: binding.BoundTask, *texts: str) -> dict[str, dict[int, str]]:
     return {name: dict(enumerate(texts)) for name in bound.tasks}
+
+
+@pytest.mark.parametrize("name", list(MIRRORS))
+def test_real_names_on_documents_of_the_real_layout(name: str, tmp_path: Path) -> None:
+    """The mirrors' documents under the real task's name: right answers have the maximum, wrong ones nothing."""
+    mirror = MIRRORS[name]
+    stored = store.ensure(name, n=8, seed=2, cache_dir=tmp_path)
+    location = {
+        "dataset_path": "parquet",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {mirror.split: str(stored.parquet)}, "cache_dir": str(tmp_path / "hf")},
+    }
+    joined = {k: v for k, v in mirror.changes.items() if k == "process_docs"}
+    bound = binding.bind(mirror.upstream, override={**location, **joined})
+    documents = generate(name, 2, 8)
+    scale = suites.entry(name).scale
+    assert binding.score(bound, reply(bound, *(d.answer for d in documents))).score == scale
+    assert binding.score(bound, reply(bound, *(d.wrong for d in documents))).score == 0
+    asked = binding.requests(bound)
+    assert len(asked) == 8
+    if mirror.media == "clip":  # upstream looks for videos in its own folder
+        with pytest.raises(binding.DocumentError, match=r"does not exist|cannot be read"):
+            asked[0].messages()
+    else:
+        assert len(asked[0].messages().extract_media()[0]) == len(documents[0].pictures())
+
+
+@pytest.mark.parametrize("task", [n for n, e in suites.load_suites().tasks.items() if e.needs_submission])
+def test_server_scored_tasks_write_a_submission(task: str, tmp_path: Path) -> None:
+    row = {
+        "question_id": 7,
+        "question": "what?",
+        "image": PICTURE,
+        "index": 1,
+        "answer": "nan",
+        **dict.fromkeys("ABCD", "option"),
+        **dict.fromkeys(("hint", "category", "L2-category", "source", "split"), "nan"),
+    }
+    if "mmbench" not in task:
+        row = {k: row[k] for k in ("question_id", "question", "image")} | {"answers": None}
+    bound = binding.bind(task, override=elsewhere(tmp_path, "test", [row] * 2))
+    result = binding.score(bound, reply(bound, "A", "B"), tmp_path / "out")
+    assert (result.score, result.needs_submission, result.mean_of_documents) == (None, True, False)
+    assert [(d.answer, d.score, d.target) for d in result.documents] == [("A", None, ""), ("B", None, "")]
+    (file,) = result.submissions
+    assert file.parent == tmp_path / "out" / "submissions"
+    if file.suffix == ".json":
+        assert [r["answer"].upper() for r in json.loads(file.read_text())] in (["A", "B"], ["", "B"])
+    again = binding.score(bound, reply(bound, "A", "B"), tmp_path / "out")
+    assert len(again.submissions) == 1
+    assert binding.score(bound, reply(bound, "A", "B")).submissions == []
+    assert not list(Path.cwd().glob("submissions"))
 
 
 def test_ocrbench_is_a_mean_and_starts_afresh(tmp_path: Path) -> None:
@@ -106,6 +165,7 @@ def test_seedbench_scores_come_from_predictions(tmp_path: Path) -> None:
             "data_type": "image" if i == 3 else "video",
             "data_id": f"v{i // 2}",
             "question_id": str(i),
+            "image": "not read by scoring",
         }
         for i in range(4)
     ]
@@ -117,7 +177,10 @@ def test_seedbench_scores_come_from_predictions(tmp_path: Path) -> None:
     assert [d.cluster for d in result.documents] == ["v0", "v0", "v1", "v1"]
 
 
-def test_nextqa_multiple_choice(tmp_path: Path) -> None:
+def test_nextqa_multiple_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nltk = pytest.importorskip("nltk")
+    # Word lists of the open-ended tasks, which upstream's module fetches over the network whenever it is imported.
+    monkeypatch.setattr(nltk, "download", lambda *_, **__: pytest.fail("word lists were fetched"))
     rows = [{"video": "1", "question": "why", **{f"a{k}": f"x{k}" for k in range(5)}, "answer": i} for i in range(4)]
     bound = binding.bind("nextqa_mc_test", override=elsewhere(tmp_path, "test", rows))
     result = binding.score(bound, reply(bound, "A", "B.", "(C)", "A"))
@@ -161,6 +224,124 @@ def test_mme_perception_only_and_undefined(tmp_path: Path) -> None:
     only = binding.bind("mme", limit=2, override=elsewhere(tmp_path, "test", rows("code_reasoning") * 2))
     with pytest.raises(InputError, match="mme_perception_score,none has no value for these 2 documents"):
         binding.score(only, reply(only, "Yes", "No"))
+
+
+def test_mme_pairs_must_be_whole(tmp_path: Path) -> None:
+    rows = [
+        {"question_id": f"count/{i}", "question": "?", "answer": a, "category": "count", "image": PICTURE}
+        for a in ("Yes", "No")
+        for i in range(2)
+    ]
+    with pytest.raises(InputError, match=r"the first 2 there is 1 of 'count/0': take another limit"):
+        binding.bind("mme", limit=2, override=elsewhere(tmp_path, "test", rows))
+    whole = binding.bind("mme", override=elsewhere(tmp_path, "test", rows))
+    assert binding.score(whole, reply(whole, "Yes", "Yes", "No", "No")).score == 200
+    with pytest.raises(InputError, match=r"its 3 there is 1 of 'count/1': its data are not complete"):
+        binding.bind("mme", override=elsewhere(tmp_path, "test", rows[:3]))
+
+
+def test_longvideobench_fallbacks_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "decord" not in sys.modules:
+        monkeypatch.setitem(sys.modules, "decord", SimpleNamespace(VideoReader=None, cpu=None))
+    rows = [
+        {
+            "id": str(i),
+            "video_id": str(i),
+            "video_path": f"{i}.mp4",
+            "question": "?",
+            **{f"option{k}": "xyz"[k] if k < 3 else "N/A" for k in range(5)},
+            "correct_choice": i % 3,
+            "duration_group": 15,
+            "question_category": "S2E",
+        }
+        for i in range(12)
+    ]
+    bound = binding.bind("longvideobench_val_v", override=elsewhere(tmp_path, "validation", rows))
+    right = binding.score(bound, reply(bound, *("ABC"[i % 3] for i in range(12))))
+    assert right.score == 1
+    scores = []
+    for seed in range(3):
+        random.seed(seed)  # the caller's random state must not matter
+        scores.append(binding.score(bound, reply(bound, *["no idea"] * 12)))
+    assert scores[0] == scores[1] == scores[2]
+    with pytest.raises(binding.DocumentError, match="document 0 of longvideobench_val_v"):
+        binding.requests(bound)[0].messages()
+
+
+def _encoded(kind: str, size: int = 64) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((size, size), 90).convert("RGB").save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("damage", ["cut off", "garbage", "none"])
+def test_a_broken_picture_is_one_documents_fault(kind: str, damage: str, tmp_path: Path) -> None:
+    good = _encoded(kind)
+    bad = {"cut off": {"bytes": good[: len(good) // 2]}, "garbage": {"bytes": b"no picture"}, "none": None}[damage]
+    rows = [
+        {"type": "human_test", "question": "?", "answer": "x", "image": None if b is None else {"path": None, **b}}
+        for b in ({"bytes": good}, bad)
+    ]
+    features = datasets.Features(
+        {**{k: datasets.Value("string") for k in ("type", "question", "answer")}, "image": datasets.Image()}
+    )
+    override = elsewhere(tmp_path, "test", [{"a": 1}])
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data.parquet")
+    bound = binding.bind("chartqa", override=override)
+    fine, broken = binding.requests(bound)
+    assert fine.messages().extract_media()[0][0].size == (64, 64)
+    with pytest.raises(binding.DocumentError, match="document 1 of chartqa: its media cannot be read") as raised:
+        broken.messages()
+    assert "\n" not in str(raised.value)
+    assert binding.score(bound, reply(bound, "x", "x")).score == 1  # scoring reads no pictures
+
+
+def test_pictures_cut_off_stay_an_error_after_all_imports() -> None:
+    host.lmms_eval()
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+@pytest.mark.parametrize("task", ["chartqa", "docvqa_val", "ocrbench", "pope", "mme", "nextqa_mc_test", "vqav2_val"])
+def test_a_missing_column_is_named(task: str, tmp_path: Path) -> None:
+    name = next(m.name for m in MIRRORS.values() if m.upstream == task)
+    stored = store.ensure(name, n=4, cache_dir=tmp_path)
+    whole = datasets.Dataset.from_parquet(str(stored.parquet), cache_dir=str(tmp_path / "hf"))
+    for column in data.upstream(task).columns:
+        whole.remove_columns(column).to_parquet(tmp_path / "data.parquet")
+        location = elsewhere(tmp_path / "unused", MIRRORS[name].split, [])
+        location["dataset_kwargs"]["data_files"] = {MIRRORS[name].split: str(tmp_path / "data.parquet")}
+        with pytest.raises(InputError, match=rf"{task}.*lack the column.* '{column}'") as raised:
+            binding.bind(task, override=location)
+        assert "\n" not in str(raised.value)
+
+
+def test_columns_that_only_some_code_reads(tmp_path: Path) -> None:
+    """Of tasks without an entry no columns are known before upstream's code asks for them."""
+    row = {"question": "which?", "options": list("wxyz"), "answer": "1"}
+    bound = binding.bind("ai2d", override=elsewhere(tmp_path, "test", [row] * 2))
+    with pytest.raises(
+        InputError, match=r"ai2d: its data lack the column 'image' \(present: answer, options, question"
+    ):
+        binding.requests(bound)[0].messages()
+
+
+def test_values_that_upstream_does_not_know(tmp_path: Path) -> None:
+    pytest.importorskip("cv2")
+    row = {
+        "videoID": "v",
+        "question": "?",
+        "options": ["A. x"],
+        "answer": "A",
+        "question_id": "0",
+        "duration": "short",
+        "domain": "Cooking",
+        "sub_category": "Geography",
+        "task_type": "OCR Problems",
+    }
+    bound = binding.bind("videomme", override=elsewhere(tmp_path, "test", [row]))
+    with pytest.raises(InputError, match="videomme: upstream's code does not know 'short_Cooking_Geography_OCR"):
+        binding.score(bound, reply(bound, "A"))
 
 
 def test_a_task_without_an_entry_works(tmp_path: Path) -> None:

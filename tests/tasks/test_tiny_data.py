@@ -78,6 +78,48 @@ def test_one_frame_tells_little_about_the_direction() -> None:
     assert right < 0.42, "an even guess is right in 0.25, the best single-frame guess in 0.36 of the cases"
 
 
+def test_what_is_asked_and_what_is_right_share_no_frame() -> None:
+    for d in generate("tiny_videomme", 9, 200):
+        frames = {t: {m.text for m in d.marks if m.frame == t} for t in range(8)}
+        right = d.row["options"]["ABCD".index(d.answer)].removeprefix(f"{d.answer}. ")
+        if d.row["task_type"] in ("Temporal Perception", "OCR Problems"):
+            named = d.row["question"].removesuffix("?").split()[-1].lower()
+            shown = [" ".join(texts) for texts in frames.values()]
+            assert sum(named in s for s in shown) == sum(right in s for s in shown) == 2
+            assert not any(named in s and right in s for s in shown)
+        elif d.row["task_type"] == "Counting Problem":
+            assert all(len(texts) == 1 for texts in frames.values())
+            assert len(set().union(*frames.values())) == int(right)
+        else:
+            colours = [next(iter(texts)).split()[0] for texts in frames.values()]
+            assert colours[-1] == right != colours[0]
+    for d in generate("tiny_seedbench", 9, 100)[::2]:
+        assert all(len({m.text for m in d.marks if m.frame == t}) == 1 for t in range(4))
+    for d in generate("tiny_nextqa_mc_test", 9, 99)[1::3]:  # the colour before the cue is not seen with the cue
+        cue = d.row["question"].split()[-2]
+        late = {m.frame for m in d.marks if m.text.endswith(cue)}
+        assert late == {6, 7}
+        right = d.row[f"a{d.row['answer']}"]
+        assert {m.frame for m in d.marks if m.text.startswith(right) and not m.text.endswith(cue)} == {4, 5}
+
+
+def test_several_pictures_all_matter() -> None:
+    for d in generate("tiny_mmmu_val", 9, 200):
+        assert d.row["question"].count("<image ") == 1 + len(d.more)
+    kinds = [1 + len(d.more) for d in generate("tiny_mmmu_val", 9, 8)]
+    assert kinds == [2, 2, 2, 1, 3, 2, 2, 1]
+
+
+def test_half_of_the_forms_of_mmbench_are_turned() -> None:
+    for name in ("tiny_mmbench_en_dev_static", "tiny_mmbench_cn_dev"):
+        documents = generate(name, 0, 20)
+        for first, second in zip(documents[::2], documents[1::2], strict=True):
+            assert second.row["index"] == first.row["index"] + 1_000_000
+            assert second.row["question"] == first.row["question"]
+            assert second.row[second.answer] == first.row[first.answer]
+            assert second.answer != first.answer
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,0 +1,64 @@
+"""`id_selection`: importance that fades around each token picked (METHODS 3.15)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import LongTensor, Tensor
+
+from .base import Compressor, InputError, Selection, SimilarityRows, VisualTokens, first_largest, traced, unit_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class IDSelection(Compressor):
+    """Picks the most important token again and again, and takes importance from the tokens that are like it.
+
+    Importance is the attention received in the vision encoder, from 0 to 1; each pick p takes
+    exp(-gamma * (1 - cos)^2) * S_p from the others, never below 0. Source: arXiv 2604.05601, METHODS 3.15. No official
+    code is known: the bound at 0 is that of two re-implementations, which also use attention inside the LLM.
+    `upstream_exact` only widens the scope to the whole prompt.
+    """
+
+    name = "id_selection"
+    needs = frozenset({"received"})
+
+    gamma: float = field(
+        default=20.0, metadata={"help": "how fast a pick's effect fades with distance; larger: only near copies suffer"}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.gamma >= 0:
+            raise InputError(f"option gamma={self.gamma!r} of method 'id_selection' is not usable: give 0 or more")
+
+    def compress(self, tokens: VisualTokens, count: int) -> Selection:
+        """Keep `count` of N tokens; scores: the received attention, (N,)."""
+        (received,) = traced(tokens, self.name, "received")
+        kept = pick_order(tokens.features, received, count, self.gamma).sort().values
+        return Selection(kept=kept, scores=received)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def pick_order(features: Tensor, importance: Tensor, count: int, gamma: float = 20.0) -> LongTensor:
+    """(count,) indices in the order of picking; among equals, up to rounding, the lowest first. O(N D) a pick.
+
+    Parameters
+    ----------
+    features: (N, D). importance: (N,), any scale.
+    """
+    unit = unit_rows(features)
+    low, high = importance.aminmax()
+    # Where all are equal, all are 1: then only the distances decide.
+    left = torch.where(high > low, (importance - low) / (high - low), 1).to(unit.dtype)
+    rows = SimilarityRows(unit)
+    order = torch.empty(count, dtype=torch.int64, device=unit.device)
+    for step in range(count):
+        pick = first_largest(left)
+        order[step : step + 1] = pick
+        strength = left[pick]
+        if step + 1 < count:
+            row = rows(pick, left)
+            fade = torch.exp(-gamma * (1 - row).square()) * strength
+            # The picked ones stay at -inf, the others at 0 or more.
+            left = torch.where(left < 0, left, (left - fade).clamp_(min=0)).index_fill_(0, pick, -torch.inf)
+    return order  # type: ignore[return-value]

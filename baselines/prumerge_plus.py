@@ -1,0 +1,101 @@
+"""`prumerge_plus`: attended and evenly spaced tokens, each enriched by its neighbours (METHODS 3.7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from .base import Compressor, InputError, Selection, VisualTokens, traced, unit_rows, working_dtype
+
+_BLOCK = 128  # rows of similarities that exist at one time
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruMergePlus(Compressor):
+    """Keeps tokens of outstanding attention and evenly spaced ones, and adds to each those with the most similar keys.
+
+    With I outliers of the attention (above Q3 + 1.5 IQR): the I most attended, then the first of 0, g, 2g, ... with
+    g = N // K, then the most attended of the rest; each becomes x_i + sum a_j x_j over its 32 nearest. Source: arXiv
+    2403.15388 in its budgeted Qwen2.5-VL form, METHODS 3.7. That port fills up at random where this goes by attention,
+    and leaves features in the order of rank while positions are sorted: here both are sorted. a sums to 1 over the
+    scope (its mean pooling leaves a quarter of that). `upstream_exact` rounds K = max(1, int(r * N)) and
+    I = max(1, int(N * rho)) over all of a prompt's images at once.
+    """
+
+    name = "prumerge_plus"
+    needs = frozenset({"received", "keys_concat"})
+
+    neighbours: int = field(default=32, metadata={"help": "tokens with similar keys that are added to each kept one"})
+
+    def __post_init__(self) -> None:
+        if self.neighbours < 0:
+            raise InputError(
+                f"option neighbours={self.neighbours!r} of method 'prumerge_plus' is not usable: give 0 or more"
+            )
+
+    def upstream_count(self, n: int, ratio: float) -> int:
+        return int(ratio * n)
+
+    @torch.no_grad()
+    def compress(self, tokens: VisualTokens, count: int) -> Selection:
+        """Keep `count` of N tokens; features: (count, D), summed in float32 (float64 for float64); scores: attention.
+
+        Raises
+        ------
+        InputError: where the trace lacks `received`, or both `keys_concat` and `keys` (taken instead: the mean of
+            the heads).
+        """
+        features, n = tokens.features, tokens.features.shape[0]
+        several = tokens.trace is None or tokens.trace.keys_concat is not None or tokens.trace.keys is None
+        received, keys = traced(tokens, self.name, "received", "keys_concat" if several else "keys")
+        attention = received.to(working_dtype(features)).nan_to_num(nan=0.0)
+        attention = attention / attention.sum().clamp(min=torch.finfo(attention.dtype).tiny)
+        kept = self._kept(attention, count)
+
+        neighbours = min(self.neighbours, n - 1)
+        rows = features.to(working_dtype(features))
+        merged = rows[kept]
+        if neighbours:
+            unit = unit_rows(keys)
+            for part, block in zip(merged.split(_BLOCK), kept.split(_BLOCK), strict=True):
+                near = _nearest(unit, block, neighbours)
+                part += embedding_bag(near, rows, per_sample_weights=attention[near], mode="sum")
+        return Selection(kept=kept, features=merged.to(features.dtype), scores=received)  # type: ignore[arg-type]
+
+    def _kept(self, attention: Tensor, count: int) -> Tensor:
+        """(count,) ascending indices."""
+        n = attention.shape[0]
+        quarters = torch.tensor([0.25, 0.75], dtype=attention.dtype, device=attention.device)
+        q1, q3 = attention.quantile(quarters)
+        outliers = (attention > q3 + 1.5 * (q3 - q1)).sum()
+        if self.upstream_exact:
+            # Its arithmetic to the letter: int(49 * (1 / 49)) is 0 in binary.
+            outliers = (n * (outliers.double() / n)).floor().long()
+        ranked = attention.sort(descending=True, stable=True).indices
+        index = torch.arange(n, device=attention.device)
+        rank = torch.empty_like(index)
+        rank[ranked] = index
+        spaced = index % max(1, n // count) == 0
+        # The smallest of these come first: outliers by rank, then spaced ones by place, then the rest by rank. The
+        # number of outliers stays on the device.
+        turn = torch.where(rank < outliers.clamp(min=1), rank, torch.where(spaced, n + index, 2 * n + rank))
+        return turn.argsort()[:count].sort().values
+
+
+def _nearest(unit: Tensor, block: Tensor, neighbours: int) -> Tensor:
+    """(len(block), neighbours) indices of the rows most like those of `block`, itself left out; the lower of equals."""
+    similarity = unit[block] @ unit.T
+    similarity.scatter_(1, block[:, None], -torch.inf)
+    # topk breaks ties as it likes: of those equal to the last one, up to rounding, the first are taken.
+    last = similarity.topk(neighbours, dim=1).values[:, -1:]
+    slack = 8 * torch.finfo(similarity.dtype).eps
+    sure = similarity > last + slack
+    equal = (similarity >= last - slack) & ~sure
+    taken = sure | (equal & (equal.cumsum(dim=1) <= neighbours - sure.sum(dim=1, keepdim=True)))
+    # Exactly `neighbours` in each row, so that their places can be had without waiting for the device.
+    n = unit.shape[0]
+    places = torch.where(taken, n - torch.arange(n, dtype=torch.float32, device=unit.device), 0)
+    return n - places.topk(neighbours, dim=1).values.long()

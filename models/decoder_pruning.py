@@ -1,0 +1,540 @@
+"""Dropping visual tokens inside the LLM, by hooks that are gone afterwards, under the stock forward and `generate()`.
+
+Forward pre-hooks on the decoder layers do all of it: at a stage's layer they drop tokens from the states, and from
+there on they give every layer the rotary tables, positions and attention mask of the tokens that are left. The cache
+then holds another number of tokens in each layer; transformers makes one mask from the first layer's length, so the
+hooks replace it while decoding, too. Proved against an independent recomputation in tests/models/test_decoder.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from visionselector_eval.baselines.base import (
+    DecoderView,
+    InputError,
+    Selection,
+    working_dtype,
+)
+from visionselector_eval.models.splice import CompressedPrompt, repad
+
+if TYPE_CHECKING:
+    from torch import LongTensor, Tensor
+
+# Largest number of attention weights held at once while attention is averaged over many queries (float32: 64 MiB).
+_CHUNK_WEIGHTS = 1 << 24
+
+# Ways to generate that copy rows, replay tokens or need a cache of one length: the layers' own lengths rule them out.
+_REFUSED = {
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "use_cache": (None, True),
+    "assistant_model": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "prefill_chunk_size": (None,),
+    "cache_implementation": (None, "dynamic"),
+}
+
+
+def refuse_unusual_generation(method: str, generation: dict[str, Any], defaults: Any) -> None:
+    """Check generation settings for a decoder-stage method.
+
+    Parameters
+    ----------
+    defaults: the checkpoint's generation config, for what `generation` does not say.
+
+    Raises
+    ------
+    InputError: beam search and others that a cache of unequal lengths can't serve.
+    """
+    for name, usable in _REFUSED.items():
+        value = generation.get(name, getattr(defaults, name, None))
+        if value not in usable:
+            raise InputError(
+                f"{name}={value} can't be used with method '{method}', which drops tokens inside the LLM: "
+                f"leave {name} out, or use a projector-stage method"
+            )
+
+
+class LayerAccess:
+    """The parts of a Llama-like decoder that ranking reads: norms, projections and rotary embedding.
+
+    Parameters
+    ----------
+    language_model: has `layers` (with `input_layernorm` and `self_attn.{q_proj,k_proj,head_dim,scaling}`) and `norm`.
+    rotate: the family's `apply_rotary_pos_emb(q, k, cos, sin)`.
+    """
+
+    def __init__(self, language_model: Any, rotate: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self.layers: Sequence[Any] = language_model.layers
+        self.norm: Callable[[Tensor], Tensor] = language_model.norm
+        self.config = language_model.config
+        self._rotate = rotate
+
+    def attention_input(self, layer: int, states: Tensor) -> Tensor:
+        """(S, D) what the layer's attention sees of its input `states`."""
+        return self.layers[layer].input_layernorm(states)
+
+    def queries(self, layer: int, normed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(Q, H, d) after rotary embedding."""
+        attention = self.layers[layer].self_attn
+        q = attention.q_proj(normed).view(len(normed), -1, attention.head_dim)
+        return self._rotate(q, q, cos, sin)[0]
+
+    def keys(self, layer: int, normed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(S, H', d) after rotary embedding, H' <= H heads."""
+        attention = self.layers[layer].self_attn
+        k = attention.k_proj(normed).view(len(normed), -1, attention.head_dim)
+        return self._rotate(k, k, cos, sin)[1]
+
+    def scale(self, layer: int) -> float:
+        return self.layers[layer].self_attn.scaling
+
+
+@dataclass(eq=False)
+class _View(DecoderView):
+    """One prompt at one stage; see `DecoderView`."""
+
+    layer: int
+    depth: int
+    hidden: Tensor
+    visual: Tensor
+    original: Tensor
+    item: Tensor
+    text: Tensor
+    total: int
+    embeds: Tensor
+    first_visual: Tensor
+    first_text: Tensor
+    memory: dict[Any, Any]
+    access: LayerAccess
+    tables: tuple[Tensor, Tensor]
+    previous: Tensor | None
+    _sources: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def _source(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The attention input of `layer` (S, D) and its keys (S, H', d), computed once a view."""
+        if layer not in self._sources:
+            if layer == self.layer:
+                normed = self.access.attention_input(layer, self.hidden)
+            elif layer == self.layer - 1 and self.previous is not None:
+                normed = self.previous
+            else:
+                raise InputError(
+                    f"layer {layer} can't be read at the input of layer {self.layer}: ask for this layer, or with "
+                    "'previous' in `needs` for the one before it"
+                )
+            self._sources[layer] = normed, self.access.keys(layer, normed, *self.tables)
+        return self._sources[layer]
+
+    def received(self, layer: int, queries: Tensor | None = None) -> Tensor:
+        normed, keys = self._source(layer)
+        dtype = working_dtype(normed)
+        size, groups, _ = keys.shape
+        places = torch.arange(size, device=normed.device) if queries is None else queries.to(normed.device)
+        columns = torch.arange(size, device=normed.device)
+        k = keys.to(dtype).permute(1, 2, 0)[:, None]  # (H', 1, d, S)
+        total = torch.zeros(size, dtype=dtype, device=normed.device)
+        cos, sin = self.tables
+        heads = self.access.config.num_attention_heads
+        for rows in places.split(max(1, _CHUNK_WEIGHTS // (heads * size))):
+            q = self.access.queries(layer, normed[rows], cos[rows], sin[rows]).to(dtype) * self.access.scale(layer)
+            # Query head h reads key head h // (H / H'), as in transformers' repeat_kv.
+            q = q.view(len(rows), groups, -1, q.shape[-1]).permute(1, 2, 0, 3)
+            later = columns > rows[:, None]
+            total += (q @ k).masked_fill_(later, -torch.inf).softmax(-1).sum((0, 1, 2))
+        return total / (heads * len(places))
+
+    def keys(self, layer: int) -> Tensor:
+        return self._source(layer)[1].flatten(1)
+
+    def final_norm(self, states: Tensor) -> Tensor:
+        return self.access.norm(states)
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """Which tokens are in a layer.
+
+    Attributes
+    ----------
+    source: (B, S) int64, columns of the full-length prompt; valid: (B, S) bool, False on (left) padding.
+    lengths: tokens of each prompt. alive: for each prompt its visual tokens, as indices among those of the first layer.
+    """
+
+    source: Tensor
+    valid: Tensor
+    lengths: list[int]
+    alive: list[Tensor]
+
+    @property
+    def ragged(self) -> bool:
+        return any(length != self.source.shape[1] for length in self.lengths)
+
+    def tables(self, position_embeddings: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Rotary tables (B, S0, d) of the full-length prompt, for the tokens of this layout."""
+        return tuple(t.gather(1, self.source[..., None].expand(-1, -1, t.shape[-1])) for t in position_embeddings)
+
+    @property
+    def positions(self) -> Tensor:
+        """(B, S) plain counting positions. Not the prompt's: gaps would look like packed prompts to flash attention."""
+        return (self.valid.long().cumsum(1) - 1).clamp_min(0)
+
+
+@dataclass(eq=False)
+class _Scope:
+    """Tokens of one prompt that a method chooses among: one image or video, or all. `counts`: left after each stage."""
+
+    present: int
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entered:
+    """What really entered the LLM's layers.
+
+    Attributes
+    ----------
+    kept: for each prompt the visual indices that reached the last layer, ascending, CPU.
+    scores: for each prompt (N,) float or None: those of the first stage, for pictures.
+    position_ids: (P, B, S'); attention_mask: (B, S'): of the last layer.
+    layer_lengths: tokens entering each layer, the largest of the batch.
+    layer_tokens: for each prompt its visual tokens, averaged over the layers (METHODS 2).
+    """
+
+    kept: list[LongTensor]
+    scores: list[Tensor | None]
+    position_ids: LongTensor
+    attention_mask: Tensor
+    layer_lengths: list[int]
+    layer_tokens: list[float]
+
+
+def entered(compressed: CompressedPrompt, depth: int) -> Entered:
+    """For a prompt of which nothing is dropped inside the LLM."""
+    return Entered(
+        kept=compressed.kept,
+        scores=compressed.scores,
+        position_ids=compressed.position_ids,
+        attention_mask=compressed.attention_mask,
+        layer_lengths=[compressed.embeds.shape[1]] * depth,
+        layer_tokens=[float(len(kept)) for kept in compressed.kept],
+    )
+
+
+class DecoderPruning:
+    """One run of the LLM over a batch of prompts, with tokens dropped on the way.
+
+    Use `installed()` around the forward or `generate()`, then `outcome()`.
+
+    Parameters
+    ----------
+    access: the LLM. compressed: a prompt whose `decoder` says what is to be dropped.
+    """
+
+    def __init__(self, access: LayerAccess, compressed: CompressedPrompt) -> None:
+        assert compressed.decoder is not None
+        self.access, self.prompt = access, compressed
+        self.method, self.budget = compressed.decoder
+        self.depth = len(access.layers)
+        self.stages = self.method.check_layers(self.depth)
+        self._lengths = compressed.attention_mask.sum(1).tolist()
+        self._scopes = [self._plan(row) for row in range(len(self._lengths))]
+        self._reset()
+
+    def _plan(self, row: int) -> list[_Scope]:
+        items = self.prompt.items[row]
+        total = self._lengths[row] + self.prompt.totals[row] - len(self.prompt.kept[row])
+        if self.method.scope == "prompt" and items:
+            items = [(sum(n for n, _ in items), sum(kept for _, kept in items))]
+        scopes = []
+        for n, present in items:
+            counts = ()
+            if present:
+                counts = self.method.counts(present, self.method.left_over(n, self.budget), self.depth, total)
+            left = present
+            for count in counts:
+                if not 1 <= count <= left:
+                    raise InputError(
+                        f"method '{self.method.name}' wants {counts} of {present} tokens after its stages: "
+                        "numbers from 1, never growing, are needed"
+                    )
+                left = count
+            if present and len(counts) != len(self.stages):
+                raise InputError(f"method '{self.method.name}' gives {len(counts)} counts for stages {self.stages}")
+            scopes.append(_Scope(present, counts))
+        return scopes
+
+    def _reset(self) -> None:
+        prompt = self.prompt
+        columns = torch.arange(prompt.embeds.shape[1], device=prompt.embeds.device).expand(len(self._lengths), -1)
+        self._first = _Layout(
+            columns,
+            prompt.attention_mask.bool(),
+            list(self._lengths),
+            [torch.arange(len(kept), device=prompt.embeds.device) for kept in prompt.kept],
+        )
+        self._at = [self._first] * self.depth
+        self._previous: Tensor | None = None
+        self._memory: list[dict[Any, Any]] = [{} for _ in self._lengths]
+        self._scores: list[Tensor | None] = list(prompt.scores)
+        # Masks and tables are the same for all layers between two stages: the last ones made are kept.
+        self._shared: dict[str, tuple[Any, Any]] = {}
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The hooks, for as long as the block runs."""
+        handles = []
+        try:
+            for number in range(self.stages[0], self.depth):
+                layer = self.access.layers[number]
+                handles.append(layer.register_forward_pre_hook(self._hook(number), with_kwargs=True))
+            if "previous" in self.method.needs:
+                for number in self.stages:
+                    attention = self.access.layers[number - 1].self_attn
+                    hook = self._capture(number - 1)
+                    handles.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._previous = None
+            self._shared.clear()
+
+    def outcome(self) -> Entered:
+        """What entered the layers; after the run."""
+        last, prompt = self._at[-1], self.prompt
+        visual = torch.tensor(
+            [[len(alive) for alive in layout.alive] for layout in self._at], dtype=torch.float64
+        )  # (depth, B)
+        real = last.valid
+        gathered = [p.gather(1, last.source).masked_fill(~real, 0) for p in prompt.position_ids]
+        return Entered(
+            kept=[kept[alive.cpu()] for kept, alive in zip(prompt.kept, last.alive, strict=True)],  # type: ignore[misc]
+            scores=self._scores,
+            position_ids=torch.stack(gathered),  # type: ignore[arg-type]
+            attention_mask=real.to(prompt.attention_mask.dtype),
+            layer_lengths=[layout.source.shape[1] for layout in self._at],
+            layer_tokens=visual.mean(0).tolist(),
+        )
+
+    # Hooks ------------------------------------------------------------------------------------------------------------
+
+    def _capture(self, number: int) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not _cached(kwargs.get("past_key_values"), number):
+                self._previous = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def _hook(self, number: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            kwargs = dict(kwargs)
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            cached = _cached(kwargs.get("past_key_values"), number)
+            if not cached:
+                hidden = self._read_prompt(number, hidden, kwargs)
+            layout, received = self._at[number], kwargs.get("attention_mask")
+            if layout is not self._first:
+                if cached:
+                    kwargs["attention_mask"] = self._decode_mask(layout, cached, hidden, received)
+                else:
+                    kwargs["attention_mask"] = self._prompt_mask(layout, hidden, received)
+            return (hidden, *args[1:]), kwargs
+
+        return hook
+
+    def _read_prompt(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The states that layer `number` is to see of the prompt; its tables and positions are put into `kwargs`."""
+        if number == self.stages[0]:
+            self._memory, self._shared = [{} for _ in self._lengths], {}
+        before = self._at[number - 1]
+        if hidden.shape[:2] != before.source.shape:
+            # Without this a prompt given in pieces would be pruned piece by piece.
+            raise InputError(
+                f"layer {number} got {tuple(hidden.shape[:2])} tokens where {tuple(before.source.shape)} were "
+                "prepared: run the prompt that compress() gave, whole and once"
+            )
+        tables = kwargs["position_embeddings"]
+        if number in self.stages:
+            hidden, after = self._drop(number, hidden, before, tables)
+            self._at[number:] = [after] * (self.depth - number)
+        layout = self._at[number]
+        if layout is not self._first:
+            kwargs["position_embeddings"] = self._once("tables", layout, lambda: layout.tables(tables))
+            if kwargs.get("position_ids") is not None:
+                kwargs["position_ids"] = self._once("positions", layout, lambda: layout.positions)
+        return hidden
+
+    def _once(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
+        if name not in self._shared or self._shared[name][0] != key:
+            self._shared[name] = key, make()
+        return self._shared[name][1]
+
+    def _kind(self, received: Tensor | None) -> str:
+        """What the attention back-end takes: `flat` (B, keys), `bool` or `float` (B, 1, queries, keys)."""
+        if received is not None:
+            return "flat" if received.ndim == 2 else "bool" if received.dtype == torch.bool else "float"
+        name = str(self.access.config._attn_implementation)
+        return "flat" if "flash" in name else "bool" if "sdpa" in name else "float"
+
+    def _prompt_mask(self, layout: _Layout, hidden: Tensor, received: Tensor | None) -> Tensor | None:
+        kind = self._kind(received)
+        if not layout.ragged and (received is None or kind == "flat"):
+            return None  # nothing to hide but what is to come, which every back-end does by itself
+
+        def make() -> Tensor:
+            if kind == "flat":
+                return layout.valid.long()
+            size = hidden.shape[1]
+            causal = torch.ones(size, size, dtype=torch.bool, device=hidden.device).tril()
+            itself = torch.eye(size, dtype=torch.bool, device=hidden.device)  # padding, too, must see something
+            return _as_kind(((layout.valid[:, None] & causal) | itself)[:, None], kind, received, hidden)
+
+        return self._once("mask", layout, make)
+
+    def _decode_mask(self, layout: _Layout, cached: int, hidden: Tensor, received: Tensor | None) -> Tensor | None:
+        kind, new = self._kind(received), hidden.shape[1]
+        if not layout.ragged and (received is None or kind == "flat"):
+            return None
+
+        def make() -> Tensor:
+            rows, size = layout.valid.shape
+            seen = torch.cat([layout.valid, layout.valid.new_ones(rows, cached - size)], 1)
+            if kind == "flat":
+                return torch.cat([seen, seen.new_ones(rows, new)], 1).long()
+            fresh = torch.ones(new, new, dtype=torch.bool, device=hidden.device).tril().expand(rows, -1, -1)
+            allowed = torch.cat([seen[:, None].expand(-1, new, -1), fresh], 2)[:, None]
+            return _as_kind(allowed, kind, received, hidden)
+
+        return self._once("mask", (layout, cached, new), make)
+
+    # Stages -----------------------------------------------------------------------------------------------------------
+
+    def _drop(self, number: int, hidden: Tensor, layout: _Layout, tables: tuple[Tensor, ...]) -> tuple[Tensor, _Layout]:
+        """States and layout after the stage at the input of layer `number`."""
+        stage = self.stages.index(number)
+        keep, alive, lengths = layout.valid.clone(), list(layout.alive), list(layout.lengths)
+        merged = []
+        for row, scopes in enumerate(self._scopes):
+            sizes = [(s.counts[stage - 1] if stage else s.present, s.counts[stage]) for s in scopes if s.counts]
+            if all(present == count for present, count in sizes):
+                continue
+            view = self._view(number, row, hidden, layout, tables)
+            places = view.visual + hidden.shape[1] - lengths[row]
+            start, chosen, scores = 0, [], []
+            for present, count in sizes:
+                members = torch.arange(start, start + present, device=hidden.device)
+                selection = self._select(view, members, count)
+                kept = members[selection.kept.to(members.device)]
+                chosen.append(kept)
+                scores.append(selection.scores)
+                if selection.features is not None:
+                    merged.append((row, places[kept], selection.features.to(hidden.dtype)))
+                start += present
+            index = torch.cat(chosen)
+            on_cpu = index.cpu()
+            if bool((on_cpu.diff() <= 0).any()) or int(on_cpu[0]) < 0 or int(on_cpu[-1]) >= start:
+                raise InputError(
+                    f"method '{self.method.name}' returned indices that are not ascending, unique and in range"
+                )
+            keep[row, places] = False
+            keep[row, places[index]] = True
+            alive[row] = layout.alive[row][index]
+            lengths[row] -= start - len(index)
+            known = [s for s in scores if s is not None]
+            if self._scores[row] is None and stage == 0 and len(known) == len(scores):
+                self._scores[row] = self._over_all(row, torch.cat(known))
+        self._previous = None
+        if lengths == layout.lengths:
+            return hidden, layout
+        if merged:
+            hidden = hidden.clone()
+            for row, at, features in merged:
+                hidden[row, at] = features
+        local, valid = repad(keep)
+        hidden = hidden.gather(1, local[..., None].expand(-1, -1, hidden.shape[-1])).masked_fill(~valid[..., None], 0)
+        return hidden, _Layout(layout.source.gather(1, local), valid, lengths, alive)
+
+    def _view(self, number: int, row: int, hidden: Tensor, layout: _Layout, tables: tuple[Tensor, ...]) -> _View:
+        """Row `row` of the batch, from where its padding ends."""
+        prompt, device = self.prompt, hidden.device
+        tail = hidden.shape[1] - layout.lengths[row]
+        columns = layout.source[row, tail:]
+        whole = slice(prompt.embeds.shape[1] - self._lengths[row], None)
+        original = prompt.kept[row].to(device)[layout.alive[row]]
+        ends = torch.tensor([n for n, _ in prompt.items[row]], device=device).cumsum(0)
+        cos, sin = (table[row, columns] for table in tables)
+        return _View(
+            layer=number,
+            depth=self.depth,
+            hidden=hidden[row, tail:],
+            visual=_places(prompt.visual[row, columns]),
+            original=original,
+            item=torch.bucketize(original, ends, right=True),
+            text=_places(prompt.question[row, columns]),
+            total=self._lengths[row] + prompt.totals[row] - len(prompt.kept[row]),
+            embeds=prompt.embeds[row, whole],
+            first_visual=_places(prompt.visual[row, whole]),
+            first_text=_places(prompt.question[row, whole]),
+            memory=self._memory[row],
+            access=self.access,
+            tables=(cos, sin),
+            previous=None if self._previous is None else self._previous[row, tail:],
+        )
+
+    def _over_all(self, row: int, scores: Tensor) -> Tensor:
+        """(N,) scores over all visual tokens of the prompt; NaN for those that a projector stage had dropped before."""
+        kept, total = self.prompt.kept[row], self.prompt.totals[row]
+        return scores.new_full((total,), torch.nan).index_copy_(0, kept.to(scores.device), scores)
+
+    def _select(self, view: _View, members: Tensor, count: int) -> Selection:
+        """The method's choice among `members`, checked. The prompt's last token stays even where it is visual."""
+        if count == len(members):
+            return Selection(kept=torch.arange(count, device=members.device))  # type: ignore[arg-type]
+        ends_visually = bool(view.visual[members[-1]] == len(view.hidden) - 1)
+        if ends_visually:
+            members, count = members[:-1], count - 1
+        selection = Selection(kept=members[:0])  # type: ignore[arg-type]
+        if count:
+            with torch.autocast(view.hidden.device.type, enabled=False):
+                selection = self.method.keep(view, members, count)  # type: ignore[arg-type]
+        if selection.kept.dtype != torch.int64 or selection.kept.shape != (count,):
+            raise InputError(
+                f"method '{self.method.name}' returned {tuple(selection.kept.shape)} indices of "
+                f"{selection.kept.dtype}: {count} ascending int64 indices are needed"
+            )
+        if selection.features is not None and selection.features.shape != (count, view.hidden.shape[1]):
+            raise InputError(
+                f"method '{self.method.name}' returned features of shape {tuple(selection.features.shape)}: "
+                f"one row for each of its {count} kept tokens is needed"
+            )
+        if ends_visually:
+            features = selection.features
+            if features is not None:
+                features = torch.cat([features, view.hidden[-1:].to(features.dtype)])
+            last = selection.kept.new_tensor([len(members)])
+            return Selection(kept=torch.cat([selection.kept, last]), features=features)  # type: ignore[arg-type]
+        return selection
+
+
+def _places(mask: Tensor) -> Tensor:
+    return mask.nonzero().squeeze(1)
+
+
+def _cached(cache: Any, layer: int) -> int:
+    """Tokens of `layer` in the cache: 0 while the prompt is read, and where there is no cache."""
+    return cache.get_seq_length(layer) if cache is not None else 0
+
+
+def _as_kind(allowed: Tensor, kind: str, received: Tensor | None, hidden: Tensor) -> Tensor:
+    if kind == "bool":
+        return allowed
+    dtype = received.dtype if received is not None else hidden.dtype
+    zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return zeros.masked_fill_(~allowed, torch.finfo(dtype).min)

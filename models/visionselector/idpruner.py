@@ -1,0 +1,84 @@
+"""`idpruner`: VisionSelector's scores against redundancy, by maximal marginal relevance (METHODS 3.15)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import LongTensor, Tensor
+
+from visionselector_eval.baselines.base import (
+    InputError,
+    Selection,
+    SimilarityRows,
+    VisualTokens,
+    first_largest,
+    unit_rows,
+)
+
+from .compressor import ScorerCompressor
+
+
+@dataclass(frozen=True, kw_only=True)
+class IDPruner(ScorerCompressor):
+    """Picks tokens that a trained scorer finds important and that are unlike those already picked.
+
+    Each pick has the largest balance * importance - (1 - balance) * (its largest cosine to a picked token); importance
+    is VisionSelector's score, from 0 to 1, with the same weights (option `scorer`, else the backbone's own). Source:
+    IDPruner as released in Tencent AngelSlim, METHODS 3.15; its paper speaks of soft top-k outputs, the code and we of
+    raw scores. A token is picked once. `upstream_exact` rounds K = round(N * (1 - pruned)), half to even, over all of a
+    prompt's images at once.
+    """
+
+    name = "idpruner"
+
+    balance: float = field(
+        default=0.5,
+        metadata={"help": "weight of importance against likeness: 1 is visionselector, 0 looks at likeness"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.balance <= 1:
+            raise InputError(
+                f"option balance={self.balance!r} of method 'idpruner' is not usable: give a share from 0 to 1"
+            )
+
+    def upstream_count(self, n: int, ratio: float) -> int:
+        return round(n * (1 - (1 - ratio)))  # it is given the share that goes
+
+    def compress(self, tokens: VisualTokens, count: int) -> Selection:
+        """Keep `count` of N tokens; scores: the scorer's, (N,).
+
+        Raises
+        ------
+        InputError: no scorer, or features of another width.
+        """
+        scores = self.score(tokens)
+        kept = pick_order(tokens.features, scores, count, self.balance).sort().values
+        return Selection(kept=kept, scores=scores)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def pick_order(features: Tensor, scores: Tensor, count: int, balance: float = 0.5) -> LongTensor:
+    """(count,) indices in the order of picking; among equals, up to rounding, the lowest first. O(N D) a pick.
+
+    Parameters
+    ----------
+    features: (N, D). scores: (N,), any scale.
+    """
+    unit = unit_rows(features)
+    low, high = scores.aminmax()
+    importance = balance * ((scores - low) / (high - low + 1e-6)).to(unit.dtype)
+    closest = torch.full_like(importance, -torch.inf)
+    rows = SimilarityRows(unit)
+    order = torch.empty(count, dtype=torch.int64, device=unit.device)
+    value = importance.clone()
+    for step in range(count):
+        pick = first_largest(value)
+        order[step : step + 1] = pick
+        if step + 1 < count:
+            torch.maximum(closest, rows(pick, value), out=closest)
+            closest.index_fill_(0, pick, torch.inf)  # never again: +inf survives every later maximum
+            value = torch.where(closest == torch.inf, -torch.inf, importance - (1 - balance) * closest)
+    return order  # type: ignore[return-value]
