@@ -265,9 +265,9 @@ class SimilarityRows:
     """Cosines of one token after the other to all tokens, for methods that pick tokens one by one.
 
     On a GPU a row is one product, and nothing is read back. On a CPU, whose memory is slow beside its arithmetic, a
-    row costs a pass over all features, and so do 32 rows in one product: when a row is missing, those of the tokens
-    that look likely to be picked soon come along. Which rows are guessed changes the time only; at most 512 rows, and
-    a quarter of N, are held.
+    row costs a pass over all features, and 64 rows in one product little more: when a row is missing, those of the
+    tokens that look likely to be picked soon come along. Which rows are guessed changes the time only; at most 512
+    rows, and a quarter of N, are held.
 
     Parameters
     ----------
@@ -278,7 +278,7 @@ class SimilarityRows:
         self._unit = unit
         self._rows: dict[int, Tensor] = {}
         self._most = max(1, min(512, unit.shape[0] // 4))
-        self._guess = min(32, self._most)
+        self._guess = min(64, self._most)
 
     def __call__(self, pick: Tensor, promise: Tensor) -> Tensor:
         """(N,) cosines of token `pick`, (1,), which is picked once; larger `promise`, (N,): likelier to come soon."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "visionselector_eval.compressors"
+_OF_CHAIN = ("split", "upstream_exact")  # options of a combination itself
 
 _HERE = "visionselector_eval.baselines"
 BUILTIN: dict[str, str] = {
@@ -40,6 +41,8 @@ BUILTIN: dict[str, str] = {
     "fusion2x2": f"{_HERE}.fusion2x2:Fusion2x2",
     "pooling": f"{_HERE}.pooling:Pooling",
     "fastv": f"{_HERE}.fastv:FastV",
+    "dart": f"{_HERE}.dart:DART",
+    "sparsevlm": f"{_HERE}.sparsevlm:SparseVLM",
     "pyramiddrop": f"{_HERE}.pyramiddrop:PyramidDrop",
     "visionselector": "visionselector_eval.models.visionselector.compressor:VisionSelector",
     "idpruner": "visionselector_eval.models.visionselector.idpruner:IDPruner",
@@ -84,8 +87,36 @@ def compressor_class(name: str) -> type:
 
 
 def options_of(name: str) -> dict[str, inspect.Parameter]:
-    """The options that `build(name, ...)` takes, by name."""
-    parameters = inspect.signature(compressor_class(name)).parameters
+    """The options that `build(name, ...)` takes, by name; those of a part of `A+B` as `A.option`."""
+    if parts := chained(name):
+        shared = {key: p for key, p in options_of_class(_chain().BeforeLLM).items() if key in _OF_CHAIN}
+        own = {f"{part}.{key}": p for part in parts for key, p in options_of(part).items() if key not in _OF_CHAIN}
+        return {**shared, **own}
+    return options_of_class(compressor_class(name))
+
+
+def chained(name: str) -> tuple[str, ...]:
+    """The two methods of a combination `A+B`; nothing for a plain name.
+
+    Raises
+    ------
+    InputError: where it is neither one name nor two different ones.
+    """
+    if "+" not in name:
+        return ()
+    parts = tuple(part.strip() for part in name.split("+"))
+    if len(parts) != 2 or not all(parts) or parts[0] == parts[1]:
+        raise InputError(f"method '{name}' is not usable: give one name, or two different ones such as divprune+fastv")
+    return parts
+
+
+def _chain() -> Any:
+    return import_module(".chain", __package__)
+
+
+def options_of_class(kind: type) -> dict[str, inspect.Parameter]:
+    """The keyword options of a compressor's class."""
+    parameters = inspect.signature(kind).parameters
     return {
         key: p for key, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and key != "self"
     }
@@ -99,9 +130,8 @@ def resolve_options(name: str, options: Mapping[str, Any], backbone: str | None 
     InputError: unknown method, unknown option (names the near match), missing option, or a value of another type.
     """
     known = options_of(name)
-    defaults_for = getattr(compressor_class(name), "defaults_for", None)
-    if backbone is not None and callable(defaults_for):
-        options = {**defaults_for(backbone), **options}
+    if backbone is not None:
+        options = {**_defaults_for(name, backbone), **options}
     for key in options:
         if key not in known:
             raise unknown(f"option of method {name}", key, known)
@@ -115,6 +145,13 @@ def resolve_options(name: str, options: Mapping[str, Any], backbone: str | None 
         else:
             resolved[key] = default
     return resolved
+
+
+def _defaults_for(name: str, backbone: str) -> dict[str, Any]:
+    if parts := chained(name):
+        return {f"{part}.{key}": value for part in parts for key, value in _defaults_for(part, backbone).items()}
+    own = getattr(compressor_class(name), "defaults_for", None)
+    return dict(own(backbone)) if callable(own) else {}
 
 
 def _checked(name: str, key: str, value: Any, default: Any) -> Any:
@@ -143,10 +180,20 @@ def _checked(name: str, key: str, value: Any, default: Any) -> Any:
 def build(name: str, **options: Any) -> Compressor:
     """Build a compressor by name: `build("divprune", upstream_exact=True)`.
 
+    `build("visionselector+fastv", split=0.5, **{"fastv.layer": 3})` is two in a row with one budget (`chain.py`);
+    `upstream_exact` then goes to both.
+
     Raises
     ------
     InputError: unknown method or option (the message names the near match), or an option's value that cannot be used.
     """
     from .base import as_compressor  # brings torch, which names alone do not need
 
-    return as_compressor(compressor_class(name)(**resolve_options(name, options)))
+    resolved = resolve_options(name, options)
+    if parts := chained(name):
+        made = []
+        for part in parts:
+            own = {key: resolved.get(f"{part}.{key}", resolved.get(key)) for key in options_of(part)}
+            made.append(build(part, **own))
+        return _chain().chain(*made, resolved["split"])
+    return as_compressor(compressor_class(name)(**resolved))

@@ -110,7 +110,8 @@ class VisionSelectorQwen2_5_VL(lmms):
         super().__init__()
         media = {f.name: options.pop(f.name) for f in dataclasses.fields(MediaSettings) if f.name in options}
         settings = MediaSettings(**media_fields(protocol, media))
-        self.setting = Setting(build(method, **resolve_options(method, options, pretrained)), parse_budget(budget))
+        source = pretrained if backbone is None else backbone.id
+        self.setting = Setting(build(method, **resolve_options(method, options, source)), parse_budget(budget))
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 0
         if self.batch_size < 1:
             raise InputError(f"batch_size={batch_size!r} is not usable: give a whole number of at least 1")

@@ -8,6 +8,7 @@ hooks replace it while decoding, too. Proved against an independent recomputatio
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -254,19 +255,15 @@ class DecoderPruning:
             items = [(sum(n for n, _ in items), sum(kept for _, kept in items))]
         scopes = []
         for n, present in items:
-            counts = ()
-            if present:
-                counts = self.method.counts(present, self.method.left_over(n, self.budget), self.depth, total)
-            left = present
-            for count in counts:
-                if not 1 <= count <= left:
-                    raise InputError(
-                        f"method '{self.method.name}' wants {counts} of {present} tokens after its stages: "
-                        "numbers from 1, never growing, are needed"
-                    )
-                left = count
-            if present and len(counts) != len(self.stages):
-                raise InputError(f"method '{self.method.name}' gives {len(counts)} counts for stages {self.stages}")
+            if not present:
+                continue
+            counts = self.method.counts(present, self.method.left_over(n, self.budget), self.depth, total)
+            falling = all(b <= a for a, b in itertools.pairwise((present, *counts)))
+            if len(counts) != len(self.stages) or not falling or counts[-1] < 1:
+                raise InputError(
+                    f"method '{self.method.name}' wants {counts} of {present} tokens left after its stages at layers "
+                    f"{self.stages}: a number for each stage is needed, at least 1 and never growing"
+                )
             scopes.append(_Scope(present, counts))
         return scopes
 
@@ -422,8 +419,8 @@ class DecoderPruning:
         keep, alive, lengths = layout.valid.clone(), list(layout.alive), list(layout.lengths)
         merged = []
         for row, scopes in enumerate(self._scopes):
-            sizes = [(s.counts[stage - 1] if stage else s.present, s.counts[stage]) for s in scopes if s.counts]
-            if all(present == count for present, count in sizes):
+            sizes = [(s.counts[stage - 1] if stage else s.present, s.counts[stage]) for s in scopes]
+            if all(present == count for present, count in sizes):  # also a prompt without visual tokens
                 continue
             view = self._view(number, row, hidden, layout, tables)
             places = view.visual + hidden.shape[1] - lengths[row]

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
+# Weights of learned methods that a released checkpoint holds beside the backbone's own.
+_LEARNED = ("importance_scorer.", "image_score_predictor.")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -137,7 +139,7 @@ def _config(source: str, located: str, revision: str | None) -> Any:
         raise InputError(f"config.json of '{source}' can't be read: {_one_line(error)}") from error
 
 
-def _weight_files(located: str, revision: str | None) -> dict[str, list[str]]:
+def weight_files(located: str, revision: str | None = None) -> dict[str, list[str]]:
     """File -> names of the tensors in it, as they stand in the file; single or sharded safetensors, local or cached."""
 
     def find(name: str) -> str | None:
@@ -158,14 +160,20 @@ def _extra_weights(located: str, revision: str | None, unexpected: Iterable[str]
     """Tensors that the architecture has no place for, by their name in the file.
 
     transformers reports them under names of its own layout (`model.visual...`), the file of a released checkpoint has
-    the layout of transformers 4 (`visual...`): a name fits where it is the other's tail.
+    the layout of transformers 4 (`visual...`): a name fits where it is the other's tail. `model...` became
+    `model.language_model...` on the way: weights of learned methods are known by their own names.
     """
     names = list(unexpected)
     if not names:
         return {}
     extra: dict[str, Tensor] = {}
-    for file, keys in _weight_files(located, revision).items():
-        wanted = [k for k in keys if any(u == k or u.endswith("." + k) or k.endswith("." + u) for u in names)]
+    for file, keys in weight_files(located, revision).items():
+        wanted = [
+            k
+            for k in keys
+            if any(mark in k for mark in _LEARNED)
+            or any(u == k or u.endswith("." + k) or k.endswith("." + u) for u in names)
+        ]
         if wanted:
             with safe_open(file, framework="pt") as tensors:
                 extra.update({k: tensors.get_tensor(k) for k in wanted})
@@ -285,7 +293,7 @@ def load_backbone(
         )
     with _readable_failures(source, "weights"):
         extra = _extra_weights(located, revision, info["unexpected_keys"])
-    if foreign := [k for k in extra if "importance_scorer" not in k]:
+    if foreign := [k for k in extra if not any(mark in k for mark in _LEARNED)]:
         log.warning(
             "%s holds %d tensors that its family has no place for, first '%s'", source, len(foreign), foreign[0]
         )

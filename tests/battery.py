@@ -59,6 +59,8 @@ COMPRESSORS = [
     Row("fusion2x2", merges=True),
     Row("pooling", merges=True),
     Row("fastv"),
+    Row("dart"),
+    Row("sparsevlm", merges=True),
     Row("pyramiddrop"),
     Row("downsample", {"upstream_exact": True}, exact_count=False, merges=True),
     Row("visionselector", {"upstream_exact": True}),
@@ -76,6 +78,8 @@ COMPRESSORS = [
     Row("fastv", {"upstream_exact": True}),
     Row("fastv", {"rows": "all", "layer": 3}),
     Row("pyramiddrop", {"upstream_exact": True}),
+    Row("dart", {"upstream_exact": True}),
+    Row("sparsevlm", {"upstream_exact": True}, merges=True),
 ]
 CANONICAL = [row for row in COMPRESSORS if not row.options]
 

@@ -10,7 +10,7 @@ from source_tree import FLOORS, ROOT, imported_modules
 
 FILES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 # What all compressors share; every other file in baselines/ is one method.
-SHARED = {"__init__", "base", "budget", "errors", "registry"}
+SHARED = {"__init__", "base", "budget", "chain", "errors", "registry"}
 METHODS = [path for path in FILES if path.parent.name == "baselines" and path.stem not in SHARED]
 
 

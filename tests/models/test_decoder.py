@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import shutil
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 from battery import PROMPTS, clip, picture, same_tensor, user
+from safetensors.torch import load_file, save_file
 
-from visionselector_eval.baselines import InputError, Tokens, build
+from visionselector_eval.baselines import InputError, Tokens, build, parse_budget
 from visionselector_eval.baselines.base import DecoderCompressor, ScoreDecoder, Selection, Share
+from visionselector_eval.baselines.registry import resolve_options
 from visionselector_eval.models import load_backbone
+from visionselector_eval.models.answering import Answerer, Request, Setting
+from visionselector_eval.models.dynamic_qwen import DynamicQwen, Predictor, load_predictor
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
+from visionselector_eval.models.tiny import checkpoint
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "repetition_penalty": 1.0}
 DEPTH = 4
@@ -88,8 +95,11 @@ class ByHand:
         return block.self_attn(normed, attention_mask=mask[None, None], position_embeddings=tables)[1][0].mean(0)
 
     @torch.no_grad()
-    def run(self, method=None, budget=None, answer=(), sets=None):
-        """States after the final norm, and the places in each layer; `sets` says the places, else `method` does."""
+    def run(self, method=None, budget=None, answer=(), sets=None, changed=None):
+        """States after the final norm, and the places in each layer; `sets` says the places, else `method` does.
+
+        `changed`: for a layer the places of tokens that get other states at its input, and those states.
+        """
         new = self.embed(torch.tensor(list(answer), dtype=torch.long))[None]
         hidden = torch.cat([self.embeds, new], 1)
         later = self.positions[..., -1:] + torch.arange(1, len(answer) + 1)
@@ -105,6 +115,8 @@ class ByHand:
                 left = places
             stays = torch.cat([torch.isin(places, left), torch.ones(len(answer), dtype=torch.bool)])
             hidden, places = hidden[:, stays], left
+            for at, states in (changed or {}).get(layer, ()):
+                hidden[0, torch.searchsorted(places, at)] = states
             tables = self.tables(hidden, positions, places, len(answer))
             seen.append(places)
             previous = self.attention(block, block.input_layernorm(hidden), tables)
@@ -158,6 +170,88 @@ def test_hooked_run_equals_one_by_hand(method, case, attention, request, tiny_ea
             if token in backbone.end_tokens:
                 break
     assert out.layer_lengths == seen.layer_lengths == lengths.tolist()
+
+
+def tiny_predictor(seed=0, **options):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        predictor = Predictor(64, **{"hidden": 16, **options}).eval()
+        for parameter in predictor.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[1] ** 0.5)
+    return predictor.requires_grad_(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorder(DecoderCompressor):
+    """Another method, and a note of what it chose."""
+
+    name = "recorder"
+    part: DecoderCompressor
+    notes: list = field(default_factory=list)
+
+    def __post_init__(self):
+        object.__setattr__(self, "needs", self.part.needs)
+
+    @property
+    def scope(self):
+        return self.part.scope
+
+    def layers(self, depth):
+        return self.part.layers(depth)
+
+    def counts(self, n, budget, depth, total):
+        return self.part.counts(n, budget, depth, total)
+
+    def keep(self, view, members, count):
+        selection = self.part.keep(view, members, count)
+        self.notes.append((view.layer, view.original[members], selection))
+        return selection
+
+
+LATER = [
+    build("dart"),
+    build("dart", upstream_exact=True),
+    build("sparsevlm"),
+    build("sparsevlm", upstream_exact=True),
+    DynamicQwen(predictor=tiny_predictor()),
+    DynamicQwen(predictor=tiny_predictor(), upstream_exact=True, layer=1),
+    Marked(at=(1, 3)),
+]
+
+
+@pytest.mark.parametrize("attention", ["tiny", "tiny_eager"])
+@pytest.mark.parametrize("case", ["one image", "two images", "video", "image and video"])
+@pytest.mark.parametrize("method", LATER, ids=lambda m: f"{m.name}-{m.scope}")
+def test_what_a_method_chose_is_what_the_layers_got(method, case, attention, request, tiny_eager):
+    """For any method: its choices, noted, then the layers by hand with these tokens, and a decode by hand on top."""
+    backbone = request.getfixturevalue(attention)
+    inputs = inputs_for(backbone, PROMPTS[case]())
+    recorder = Recorder(part=method)
+    out = backbone.prefill(inputs, recorder, 0.3)
+    notes = list(recorder.notes)
+    hand = ByHand(tiny_eager, inputs, 0)
+    left, sets, changed = torch.arange(hand.size), [], {}
+    for layer in range(DEPTH):
+        for at, original, selection in notes:
+            if at == layer:
+                kept = original[selection.kept]
+                left = left[~torch.isin(left, hand.visual[original]) | torch.isin(left, hand.visual[kept])]
+                if selection.features is not None:
+                    changed.setdefault(layer, []).append((hand.visual[kept], selection.features))
+        sets.append(left)
+    assert notes
+    assert out.layer_lengths == [len(places) for places in sets]
+    assert torch.equal(out.kept[0], torch.searchsorted(hand.visual, left[torch.isin(left, hand.visual)]))
+    assert same_tensor(out.hidden, hand.run(sets=sets, changed=changed)[0], 2e-4)
+    answer = backbone.generate(inputs, recorder, 0.3, **GREEDY)[0].tolist()
+    for step, token in enumerate(answer):
+        logits = hand.head(hand.run(answer=answer[:step], sets=sets, changed=changed)[0][0, -1])
+        top = logits.topk(2).values
+        if top[0] - top[1] > 1e-4:
+            assert int(logits.argmax()) == token, step
+        if token in backbone.end_tokens:
+            break
 
 
 @pytest.mark.parametrize("attention", ["tiny", "tiny_eager"])
@@ -379,10 +473,15 @@ def test_the_view_agrees_with_the_maps_that_eager_attention_writes_out(tiny_eage
     with torch.no_grad():
         for block in hand.core.layers[:3]:
             maps.append(hand.attention(block, block.input_layernorm(hidden), tables))
-            before, hidden = hidden, block(
+            before, hidden = (
                 hidden,
-                attention_mask=torch.full((hidden.shape[1],) * 2, torch.finfo(torch.float32).min).triu(1)[None, None],
-                position_embeddings=tables,
+                block(
+                    hidden,
+                    attention_mask=torch.full((hidden.shape[1],) * 2, torch.finfo(torch.float32).min).triu(1)[
+                        None, None
+                    ],
+                    position_embeddings=tables,
+                ),
             )
     for chunk in (1 << 24, 300):
         with pytest.MonkeyPatch.context() as patch:
@@ -394,3 +493,237 @@ def test_the_view_agrees_with_the_maps_that_eager_attention_writes_out(tiny_eage
             assert same_tensor(everything, maps[layer].mean(0), 1e-6)
             assert keys.shape == (hand.size, 32)
         assert same_tensor(seen["final"], hand.core.norm(before)[0], 1e-6)
+
+
+# Dynamic-Qwen ---------------------------------------------------------------------------------------------------------
+
+DYNAMIC = DynamicQwen(predictor=tiny_predictor())
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_dynamic_qwen_keeps_the_budget_and_is_the_stock_model_at_one(case, tiny):
+    inputs = inputs_for(tiny, PROMPTS[case]())
+    items = [[item.features.shape[0] for item in r] for r in tiny.encode(inputs, frozenset()).rows]
+    for budget in (0.01, 0.3, 0.99, Tokens(7)):
+        share = budget if isinstance(budget, Tokens) else Share(budget)
+        out = tiny.prefill(inputs, DYNAMIC, budget)
+        assert [len(kept) for kept in out.kept] == [sum(share.count(n) for n in sizes) for sizes in items]
+    stock = tiny.generate(inputs, build("full"), **GREEDY)
+    assert torch.equal(tiny.generate(inputs, DYNAMIC, 1.0, **GREEDY), stock)
+    assert hooks_of(tiny) == []
+
+
+def test_dynamic_qwen_upstream_counts_the_whole_prompt(tiny):
+    inputs = inputs_for(tiny, PROMPTS["two images"]())
+    total = inputs["input_ids"].shape[1]
+    method = DynamicQwen(predictor=tiny_predictor(), upstream_exact=True)
+    assert [len(tiny.prefill(inputs, method, r).kept[0]) for r in (0.2, 0.9)] == [int(0.2 * total), 100]
+    assert len(tiny.prefill(inputs, method, Tokens(9)).kept[0]) == 9
+
+
+def test_dynamic_qwen_in_a_batch_and_in_bfloat16(tiny):
+    conversations = PROMPTS["batch of three"]() + PROMPTS["batch with video"]()
+    together = tiny.prefill(inputs_for(tiny, conversations), DYNAMIC, 0.3)
+    for b, conversation in enumerate(conversations):
+        alone = tiny.prefill(inputs_for(tiny, [conversation]), DYNAMIC, 0.3)
+        assert torch.equal(together.kept[b], alone.kept[0])
+        assert same_tensor(together.logits[b], alone.logits[0], 1e-3)
+    half = load_backbone("tiny", dtype="bfloat16").prefill(inputs_for(tiny, conversations), DYNAMIC, 0.3)
+    assert bool(torch.isfinite(half.logits).all())
+
+
+def written(folder, predictor, names=lambda name: name, prefix="model.image_score_predictor."):
+    """The embedded checkpoint with a predictor beside the backbone."""
+    shutil.copytree(checkpoint(), folder)
+    weights = folder / "model.safetensors"
+    extra = {prefix + names(name): tensor.contiguous() for name, tensor in predictor.state_dict().items()}
+    save_file({**load_file(weights), **extra}, weights, metadata={"format": "pt"})
+    return folder
+
+
+def test_dynamic_qwen_takes_its_weights_from_the_checkpoint_a_file_or_a_folder(tiny, tmp_path, caplog):
+    inputs = inputs_for(tiny, PROMPTS["one image"]())
+    wanted = tiny.prefill(inputs, DYNAMIC, 0.3).kept[0]
+    folder = written(tmp_path / "both", tiny_predictor())
+    backbone = load_backbone(folder)
+    assert "has no place for" not in caplog.text
+    assert torch.equal(backbone.prefill(inputs, DynamicQwen(), 0.3).kept[0], wanted)
+    own = tmp_path / "own"
+    own.mkdir()
+    save_file(tiny_predictor().state_dict(), own / "predictor.safetensors")
+    for source in (folder, own, own / "predictor.safetensors"):
+        method = DynamicQwen(predictor=source)
+        assert torch.equal(tiny.prefill(inputs, method, 0.3).kept[0], wanted)
+        assert method.fingerprint() == DYNAMIC.fingerprint()
+    assert DynamicQwen().fingerprint() == ""
+
+
+def test_dynamic_qwen_says_what_its_weights_lack(tiny, tmp_path):
+    inputs = inputs_for(tiny, PROMPTS["one image"]())
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(b"torn")
+    for method, says in (
+        (DynamicQwen(), "needs predictor weights: checkpoint tiny has no image_score_predictor"),
+        (DynamicQwen(predictor=Predictor(24, 16)), "has width 24 but backbone tiny has 64"),
+        (DynamicQwen(predictor=str(tmp_path / "nowhere")), "does not exist"),
+        (DynamicQwen(predictor=str(empty)), "holds no predictor"),
+        (DynamicQwen(predictor=str(torn)), "cannot be read"),
+        (DynamicQwen(predictor=tiny_predictor(), layer=4), "give layers from 1 to 3"),
+    ):
+        with pytest.raises(InputError, match=says) as error:
+            tiny.prefill(inputs, method, 0.3)
+        assert "\n" not in str(error.value)
+    for options in ({"predictor": ""}, {"predictor": 3}, {"layer": 0}):
+        with pytest.raises(InputError, match=next(iter(options))):
+            DynamicQwen(**options)
+
+
+STYLES = {
+    "dynamic_vit": {
+        "in_norm": "in_conv.0", "in_proj": "in_conv.1", "attention_norm": "norm1", "mlp_norm": "norm2",
+        "qkv": "attn.qkv", "out": "attn.proj", "up": "mlp.fc1", "down": "mlp.fc2", "blocks": "transformer",
+        "head.0": "out_conv.0", "head.1": "out_conv.2", "head.2": "out_conv.4",
+    },
+    "one_list": {
+        "in_norm": "layers.0", "in_proj": "layers.1", "attention_norm": "0", "mlp_norm": "2.0",
+        "qkv": "1.0", "out": "1.1", "up": "2.1", "down": "2.3", "blocks": "layers.7",
+        "head.0": "layers.10", "head.1": "layers.12", "head.2": "layers.14",
+    },
+}  # fmt: skip
+
+
+def renamed(name, style):
+    module, _, part = name.rpartition(".")
+    if module.startswith("blocks."):
+        _, number, inner = module.split(".")
+        return f"{style['blocks']}.{number}.{style[inner]}.{part}"
+    return f"{style[module]}.{part}"
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"blocks": 11}, {"bias": False}, {"inner": 24}, {"inner": 64}, {"hidden": 64}, {"hidden": 64, "inner": 80}],
+    ids=str,
+)
+def test_a_predictor_of_other_names_is_read_by_its_shapes(style, sizes):
+    """Inner size equal to the LLM's width, and hidden size equal to it, too: there the names break the tie."""
+    predictor = tiny_predictor(1, **sizes)
+    state = {renamed(name, STYLES[style]): tensor for name, tensor in predictor.state_dict().items()}
+    read = Predictor.from_state({f"a.image_score_predictor.{name}": t for name, t in reversed(state.items())})
+    states = torch.randn(9, 64)
+    assert torch.equal(read(states), predictor(states))
+
+
+def test_a_predictor_with_q_k_and_v_apart():
+    predictor = tiny_predictor(2)
+    state = {}
+    for name, tensor in predictor.state_dict().items():
+        if name.endswith("qkv.weight"):
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                state[renamed(name, STYLES["dynamic_vit"]).replace("qkv", f"to_{letter}")] = part
+        else:
+            state[renamed(name, STYLES["dynamic_vit"])] = tensor
+    states = torch.randn(9, 64)
+    assert torch.equal(Predictor.from_state(state)(states), predictor(states))
+
+
+@pytest.mark.parametrize("broken", ["in_proj.weight", "head.2.weight", "blocks.1.qkv.weight", "blocks.0.mlp_norm.bias"])
+def test_a_broken_predictor_is_one_clear_line(broken):
+    state = dict(tiny_predictor().state_dict())
+    for styled in (False, True):
+        left = {renamed(n, STYLES["dynamic_vit"]) if styled else n: t for n, t in state.items() if n != broken}
+        with pytest.raises(InputError, match="predictor tensor") as error:
+            Predictor.from_state(left, "here")
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="does not exist"):
+        load_predictor("./nowhere")
+
+
+# Two in a row ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+@pytest.mark.parametrize(
+    "name", ["divprune+fastv", "visionselector+pyramiddrop", "visionzip+sparsevlm", "uniform+dart", "holov+divprune"]
+)
+def test_two_methods_share_one_budget(name, case, tiny):
+    inputs = inputs_for(tiny, PROMPTS[case]())
+    items = [[item.features.shape[0] for item in r] for r in tiny.encode(inputs, frozenset()).rows]
+    for budget in (0.01, 0.25, 0.9, Tokens(5)):
+        share = budget if isinstance(budget, Tokens) else Share(budget)
+        out = tiny.prefill(inputs, build(name), budget)
+        assert [len(kept) for kept in out.kept] == [sum(share.count(n) for n in sizes) for sizes in items]
+        for kept, total in zip(out.kept, out.totals, strict=True):
+            assert bool((kept.diff() > 0).all())
+            assert not len(kept) or 0 <= int(kept[0]) <= int(kept[-1]) < total
+    stock = tiny.generate(inputs, build("full"), **GREEDY)
+    assert torch.equal(tiny.generate(inputs, build(name), 1.0, **GREEDY), stock)
+    assert hooks_of(tiny) == []
+
+
+def test_the_split_says_what_the_first_method_leaves(tiny):
+    inputs = inputs_for(tiny, PROMPTS["one image"]())  # 80 visual tokens
+    text = inputs["input_ids"].shape[1] - 80
+    for split, between in ((0.5, 40), (0.25, 56), (0.75, 28)):
+        out = tiny.prefill(inputs, build("divprune+fastv", split=split), 0.25)
+        assert [n - text for n in out.layer_lengths] == [between, between, 20, 20]
+        assert out.layer_tokens == [(between + 20) / 2]
+    first = tiny.prefill(inputs, build("divprune"), 0.5).kept[0]
+    assert bool(torch.isin(tiny.prefill(inputs, build("divprune+fastv"), 0.25).kept[0], first).all())
+
+
+def test_a_chain_is_built_from_its_parts():
+    method = build("random+fastv", split=0.3, upstream_exact=True, **{"random.seed": 7, "fastv.rows": "all"})
+    assert method.name == "random+fastv"
+    assert (method.first.seed, method.second.rows, method.split) == (7, "all", 0.3)
+    assert method.first.upstream_exact
+    assert method.second.upstream_exact
+    assert hash(method) == hash(dataclasses.replace(method))
+    assert list(resolve_options("uniform+fastv", {})) == ["upstream_exact", "split", "fastv.layer", "fastv.rows"]
+    assert build("divprune+fastv").fingerprint() == ""
+    assert build("divprune+fastv").stage == "decoder"
+    assert build("divprune+uniform").stage == "projector"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("divprun+fastv", {}, "did you mean 'divprune'"),
+        ("divprune+fast", {}, "did you mean 'fastv'"),
+        ("divprune+fastv", {"fastv.layr": 3}, "did you mean 'fastv.layer'"),
+        ("divprune+fastv", {"fastv.layer": "3"}, "wrong type"),
+        ("divprune+fastv", {"layer": 3}, "unknown option of method divprune\\+fastv 'layer'"),
+        ("divprune+fastv", {"split": 1.0}, "give 0 < split < 1"),
+        ("fastv+divprune", {}, "did you mean 'divprune\\+fastv'"),
+        ("fastv+pyramiddrop", {}, "must act before the LLM"),
+        ("downsample+fastv", {}, "must act before the LLM"),
+        ("divprune+downsample", {}, "can't follow another"),
+        ("divprune+", {}, "give one name, or two different ones"),
+        ("divprune+divprune", {}, "give one name, or two different ones"),
+        ("a+b+c", {}, "give one name, or two different ones"),
+    ],
+)
+def test_a_chain_that_cannot_be_is_one_clear_line(name, options, says):
+    with pytest.raises(InputError, match=says) as error:
+        build(name, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_answers_report_what_entered_the_layers(tiny):
+    conversations = PROMPTS["batch of three"]()
+    requests = [Request(f"{i}", lambda c=c: c, {"max_new_tokens": 3}) for i, c in enumerate(conversations)]
+    settings = [Setting(tiny.bind(build(name)), parse_budget(0.25)) for name in ("fastv", "divprune", "divprune+fastv")]
+    answerer = Answerer(tiny)
+    batch = answerer.prepare(requests, settings)
+    fastv, divprune, both = (answerer.answer(batch, setting) for setting in settings)
+    counts = [20, 5 + 4, 0]
+    for answers in (fastv, divprune, both):
+        assert [a.kept_tokens for a in answers] == counts
+        assert [a.total_tokens for a in answers] == [80, 36, 0]
+    assert [a.layer_tokens for a in fastv] == [50, (36 + 9) / 2, 0]
+    assert [a.layer_tokens for a in divprune] == counts
+    assert [a.layer_tokens for a in both] == [30, ((10 + 8) + 9) / 2, 0]
+    assert [a.prompt_tokens - a.total_tokens for a in fastv] == [a.prompt_tokens - a.kept_tokens for a in divprune]

@@ -1,0 +1,85 @@
+"""`dart`: keeps a few pivots and the visual tokens least like them (METHODS 3.8)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import LongTensor, Tensor
+
+from .base import DecoderCompressor, DecoderView, InputError, Selection, rounded, unit_rows, working_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class DART(DecoderCompressor):
+    """Keeps a few visual pivots, and for each pivot the visual tokens that resemble it least.
+
+    Pivots are the visual tokens, and the tokens after the last visual one, whose keys in the layer before have the
+    largest L1 norm. Each pivot in turn takes its share of the tokens still free with the lowest cosine of their
+    final-normed states to its own; text pivots stay text. Source: arXiv 2502.11494, METHODS 3.8. Canonically visual
+    pivots come first, then text pivots, each by falling norm, and the total is exactly K, earlier pivots taking one
+    token more where it does not divide; for K up to `image_pivots` the pivots are all that stays. Upstream visits
+    pivots in the order of a hash set, which is not reproduced, and keeps 4 + 8 * T tokens with T = max(1, int(r * N /
+    8)), as `upstream_exact` does.
+    """
+
+    name = "dart"
+    needs = frozenset({"previous"})
+
+    layer: int = field(default=2, metadata={"help": "tokens are dropped at the input of this layer (0-based)"})
+    image_pivots: int = field(default=4, metadata={"help": "visual pivots, all of them kept"})
+    text_pivots: int = field(default=4, metadata={"help": "pivots among the tokens after the last visual one"})
+
+    def __post_init__(self) -> None:
+        for option in ("layer", "image_pivots", "text_pivots"):
+            value = getattr(self, option)
+            if value < (option != "text_pivots"):
+                raise InputError(f"option {option}={value} of method 'dart' is too small: the paper's is 2, 4 and 4")
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def upstream_count(self, n: int, ratio: float) -> int:
+        pivots = self.image_pivots + self.text_pivots
+        return self.image_pivots + pivots * max(1, int(ratio * n / pivots))
+
+    def keep(self, view: DecoderView, members: LongTensor, count: int) -> Selection:
+        if "dart" not in view.memory:  # one pass serves all scopes of a prompt
+            keys = view.keys(view.layer - 1)
+            norms = keys.to(working_dtype(keys)).abs().sum(1)
+            view.memory["dart"] = norms, unit_rows(view.final_norm(view.hidden))
+        norms, states = view.memory["dart"]
+        places = view.visual[members]
+        after = torch.arange(int(view.visual[-1]) + 1, len(states), device=places.device)
+        return Selection(kept=pick(norms, states, places, after, count, self.image_pivots, self.text_pivots))
+
+
+def pick(
+    norms: Tensor, states: Tensor, image: Tensor, text: Tensor, count: int, image_pivots: int, text_pivots: int
+) -> LongTensor:
+    """The `count` of N visual tokens that DART keeps.
+
+    Parameters
+    ----------
+    norms: (S,) L1 norms of the keys. states: (S, D) normed states as rows of length 1.
+    image: (N,) places of the visual tokens among the S, ascending; text: (T,) places of the text to take pivots from.
+
+    Returns
+    -------
+    (count,) int64 among 0..N-1, ascending.
+    """
+    first = _largest(norms[image], min(image_pivots, count, len(image)))
+    pivots = torch.cat([image[first], text[_largest(norms[text], min(text_pivots, len(text)))]])
+    taken = torch.zeros(len(image), dtype=torch.bool, device=image.device).index_fill_(0, first, True)
+    share, rest = divmod(count - len(first), len(pivots))
+    likeness = rounded(states[image] @ states[pivots].T)  # (N, P)
+    for number in range(len(pivots)):
+        free = likeness[:, number].masked_fill(taken, torch.inf)
+        picks = free.sort(stable=True).indices[: share + (number < rest)]
+        taken.index_fill_(0, picks, True)
+    return torch.sort(taken.to(torch.uint8), descending=True, stable=True).indices[:count]  # type: ignore[return-value]
+
+
+def _largest(norms: Tensor, count: int) -> Tensor:
+    """Indices of the largest, largest first; the lower index among equals."""
+    return norms.sort(descending=True, stable=True).indices[:count]
