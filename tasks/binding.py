@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import re
 import tempfile
 import threading
 from collections import Counter
@@ -42,6 +43,8 @@ __all__ = [
     "requests",
     "score",
 ]
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 # Upstream's scoring touches process-wide things (standard streams, random state, module tables): one call at a time.
 _one_at_a_time = threading.RLock()
@@ -539,6 +542,10 @@ def _replay(responses: Mapping[str, Mapping[int, str]]) -> Any:
 
 
 def _evaluate(bound: BoundTask, responses: Mapping[str, Mapping[int, str]], output_path: str | Path) -> dict[str, Any]:
+    if bound.entry.circular:  # MMBench writes answers to a worksheet, which refuses control characters
+        responses = {
+            task: {i: _CONTROL.sub(" ", text) for i, text in given.items()} for task, given in responses.items()
+        }
     _restore(bound._state)
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
