@@ -13,8 +13,8 @@ ways, in one run of this program, and must give the same answers:
 
 The first three take turns in this process after a warm-up, with model and task loaded before the clock starts; the
 median of the repeats counts. What is saved depends on how much of a cell's time goes to pictures, so the table splits
-it. By default pictures have 1024 visual tokens (896 x 896 px, a page or chart at reading size), documents go in
-batches of 8 and there are 32 of them; tasks give short answers, as benchmarks do. Small pictures save less.
+it. By default pictures have 256 visual tokens (448 x 448 px), documents go in batches of 8 and there are 16 of them;
+tasks give short answers, as benchmarks do.
 """
 
 from __future__ import annotations
@@ -229,9 +229,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", default="tiny_chartqa", help="task of all cells (default: tiny_chartqa)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME")
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), metavar="BUDGET")
-    parser.add_argument("--limit", type=int, default=32, help="documents (default: 32)")
+    parser.add_argument("--limit", type=int, default=16, help="documents (default: 16)")
     parser.add_argument("--batch-size", type=int, default=8, help="documents answered together (default: 8)")
-    parser.add_argument("--tokens", type=int, default=1024, help="visual tokens of a picture (default: 1024)")
+    parser.add_argument("--tokens", type=int, default=256, help="visual tokens of a picture (default: 256)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=3, help="of what is measured in this process (default: 3)")
     parser.add_argument("--no-processes", action="store_true", help="leave out the runs as processes of their own")
