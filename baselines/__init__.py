@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .base import (
         Compressor,
+        DecoderCompressor,
+        DecoderView,
         EncoderTrace,
         Host,
         ScoreCompressor,
+        ScoreDecoder,
         Selection,
         VisualTokens,
         as_compressor,
@@ -29,10 +32,13 @@ _HOME = {
 __all__ = [
     "Budget",
     "Compressor",
+    "DecoderCompressor",
+    "DecoderView",
     "EncoderTrace",
     "Host",
     "InputError",
     "ScoreCompressor",
+    "ScoreDecoder",
     "Selection",
     "Share",
     "Tokens",

@@ -17,7 +17,6 @@ The shortest method is a `ScoreCompressor` with one function::
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -70,7 +69,7 @@ class EncoderTrace:
     ----------
     received: (N,) float32, attention that each token received: softmax attention of the encoder's ranking layer, mean
         over heads, summed over the queries of its segment, averaged over the patches merged into one token, in raster
-        order (METHODS 3.2).
+        order (VisionZip's ranking in its Qwen2.5-VL form, arXiv 2412.04467).
     keys: (N, Dk) float32, that layer's keys after rotary embedding, mean over heads and merged patches, raster order.
     keys_concat: (N, H * Dk) float32, the same keys with their heads side by side instead of averaged.
     cls: (N,) float32, attention from the CLS token, mean over heads, for encoders that have one.
@@ -148,15 +147,26 @@ class Compressor(ABC):
     stage: where it acts: `projector` (visual tokens on their way into the LLM) or `decoder` (inside the LLM);
         `pixels` only for the down-sampling control.
     needs: subset of {"received", "keys", "keys_concat", "cls", "text"}: what `compress` reads beside the features.
+    trained: whether it has weights of its own.
+    paper: name and arXiv id of its source.
+    deviations: where it differs from that, beyond what holds for every method (docs/methods.md).
+    cost: time, and memory beside the inputs, as orders in the letters of docs/methods.md.
+    The last three are for the table of docs/methods.md; a method of your own may leave them out.
     """
 
     name: ClassVar[str]
     stage: ClassVar[Stage] = "projector"
     needs: ClassVar[frozenset[str]] = frozenset()
+    trained: ClassVar[bool] = False
+    paper: ClassVar[str] = ""
+    deviations: ClassVar[str] = ""
+    cost: ClassVar[str] = ""
 
     upstream_exact: bool = field(
         default=False,
-        metadata={"help": "reproduce the published implementation's rounding and scope (METHODS; not its bugs)"},
+        metadata={
+            "help": "reproduce the published implementation's rounding and scope, not its bugs (docs/methods.md)"
+        },
     )
 
     @property
@@ -216,7 +226,7 @@ class ScoreCompressor(Compressor):
 
 
 def top_k(scores: Tensor, count: int) -> LongTensor:
-    """Indices of the `count` largest scores, ascending; among equal scores the lower index wins (METHODS 0).
+    """Indices of the `count` largest scores, ascending; among equal scores the lower index wins.
 
     Parameters
     ----------
@@ -502,8 +512,3 @@ def as_compressor(value: Any) -> Compressor:
         f"{value!r} is not a compressor: give what build('NAME') returns, or an object with a `name` and a "
         "`compress(tokens, count)` method"
     )
-
-
-def option_defaults(compressor: Compressor) -> dict[str, Any]:
-    """Every option of `compressor` with its value, as plain data for digests and tables."""
-    return {f.name: getattr(compressor, f.name) for f in dataclasses.fields(compressor)}

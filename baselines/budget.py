@@ -22,7 +22,7 @@ class Share:
             raise _wrong(self.ratio)
 
     def count(self, n: int) -> int:
-        """Tokens kept of `n`: `min(n, max(1, floor(ratio * n + 1e-9)))` (METHODS 0, canonical K)."""
+        """Tokens kept of `n`: `min(n, max(1, floor(ratio * n + 1e-9)))` (canonical K)."""
         return min(n, max(1, math.floor(self.ratio * n + _SLACK)))
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""`dart`: keeps a few pivots and the visual tokens least like them (METHODS 3.8)."""
+"""`dart`: keeps a few pivots and the visual tokens least like them (DART, arXiv 2502.11494)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class DART(DecoderCompressor):
 
     Pivots are the visual tokens, and the tokens after the last visual one, whose keys in the layer before have the
     largest L1 norm. Each pivot in turn takes its share of the tokens still free with the lowest cosine of their
-    final-normed states to its own; text pivots stay text. Source: arXiv 2502.11494, METHODS 3.8. Canonically visual
+    final-normed states to its own; text pivots stay text. Source: DART, arXiv 2502.11494. Canonically visual
     pivots come first, then text pivots, each by falling norm, and the total is exactly K, earlier pivots taking one
     token more where it does not divide; for K up to `image_pivots` the pivots are all that stays. Upstream visits
     pivots in the order of a hash set, which is not reproduced, and keeps 4 + 8 * T tokens with T = max(1, int(r * N /
@@ -25,6 +25,9 @@ class DART(DecoderCompressor):
 
     name = "dart"
     needs = frozenset({"previous"})
+    paper = "DART, arXiv 2502.11494"
+    deviations = "pivots by falling norm, not in hash order; exactly K"
+    cost = "time O(S D Dk + 8 N D), memory O(S (D + Dk))"
 
     layer: int = field(default=2, metadata={"help": "tokens are dropped at the input of this layer (0-based)"})
     image_pivots: int = field(default=4, metadata={"help": "visual pivots, all of them kept"})

@@ -16,13 +16,19 @@ class Downsample(Compressor):
     frame. The token count that results is measured, never assumed: grids are whole numbers of tokens, so it is at most
     the budget's (canonical) or what the integer factor gives (`upstream_exact`).
 
-    Source: VTC-Bench, arXiv 2510.07143; METHODS 3.14. Upstream shrinks the original file by an integer factor s with
+    Source: VTC-Bench, arXiv 2510.07143. Upstream shrinks the original file by an integer factor s with
     retention 1/s^2 and resizes once more to the processor's grid; here one resize starts from the full row's pixels, so
     that min_pixels can never scale a small picture up again and void the control.
     """
 
     name = "downsample"
     stage = "pixels"
+    paper = "VTC-Bench, arXiv 2510.07143"
+    deviations = (
+        "one resize from the full row's pixels to the largest grid within K, where the paper shrinks the "
+        "file by whole factors"
+    )
+    cost = "one resize; the vision encoder gets fewer pixels, too"
 
     def size(self, height: int, width: int, count: int) -> tuple[int, int]:
         """The lowered size of a picture, in merged tokens.

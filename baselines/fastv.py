@@ -1,4 +1,4 @@
-"""`fastv`: keeps the visual tokens that the LLM's early attention looks at (METHODS 3.6)."""
+"""`fastv`: keeps the visual tokens that the LLM's early attention looks at (arXiv 2403.06764)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ class FastV(ScoreDecoder):
     Score: attention that a token receives in layer `layer - 1`, mean over heads, from the prompt's last token
     (`rows="last"`, the paper) or from all tokens (`rows="all"`, the Qwen port; it favours early tokens, which more
     rows can see). One row or chunks of rows are computed, in float32, whatever the attention back-end; upstream keeps
-    an L x L map. Source: arXiv 2403.06764, METHODS 3.6. Canonical K and scope are per image or video;
+    an L x L map. Source: FastV, arXiv 2403.06764. Canonical K and scope are per image or video;
     `upstream_exact` ranks all of a prompt's together, K = max(1, int(r * N)). Upstream's score span also takes in
     text between images; here text is never dropped.
     """
 
     name = "fastv"
     needs = frozenset({"previous"})
+    paper = "FastV, arXiv 2403.06764"
+    deviations = "positions stay; text is never ranked"
+    cost = "time O(S D Dk) for keys and O(S H d) a row (`rows=all`: O(S^2 H d)), memory O(S Dk)"
 
     layer: int = field(default=2, metadata={"help": "tokens are dropped at the input of this layer (0-based)"})
     rows: str = field(default="last", metadata={"help": "whose attention counts: last (prompt token) or all"})

@@ -14,6 +14,9 @@ class Full(Compressor):
     """The backbone itself: keeps every visual token, whatever the budget."""
 
     name = "full"
+    paper = "none: the row that others are compared with"
+    deviations = "none"
+    cost = "none"
 
     def count(self, n: int, budget: Budget) -> int:
         return n

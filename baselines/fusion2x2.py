@@ -1,4 +1,4 @@
-"""`fusion2x2`: windows of 2 x 2 neighbours become one token, the most uniform windows first (METHODS 3.5b)."""
+"""`fusion2x2`: windows of 2 x 2 neighbours become one token, the most uniform windows first."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ class Fusion2x2(Compressor):
     A fused token stands at its window's top left member. Windows are fused in the order of their mean pairwise cosine
     until K tokens are left; if K is below the number of windows, all of them are and the rest is done on the grid that
     results, and between frames once a frame is one token. So that exactly K remain, the last window fuses only as
-    many members as needed, those most like its first. Our own training-free form for Qwen2.5-VL (METHODS 3.5b);
+    many members as needed, those most like its first. Our own training-free form for Qwen2.5-VL;
     there is no upstream, and `upstream_exact` only widens the scope to the whole prompt, read as one long row.
     """
 
     name = "fusion2x2"
+    paper = "none: our own"
+    deviations = "none"
+    cost = "time O(N D), memory O(N D)"
 
     weights: str = field(
         default="avg",

@@ -1,4 +1,4 @@
-"""`holov`: the budget is shared among runs of the picture by their attention (METHODS 3.9)."""
+"""`holov`: the budget is shared among runs of the picture by their attention (HoloV)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _CROPS = 1024 / 576  # upstream's rule for Qwen: this many crops for each token 
 class HoloV(Compressor):
     """Cuts the raster sequence into crops, shares K among them by mean attention and keeps each one's most attended.
 
-    Tokens that a full crop can't take go to the most attended tokens left, so that exactly K remain. Source: arXiv
-    2510.02912, METHODS 3.9. Its variance of similarities scales every crop alike (1.09 times the attention) and is left
+    Tokens that a full crop can't take go to the most attended tokens left, so that exactly K remain. Source: HoloV,
+    arXiv 2510.02912. Its variance of similarities scales every crop alike (1.09 times the attention) and is left
     out: features change nothing. Upstream loses the tokens of full crops (zero rows instead), starves crops of one
     token, and on Qwen reads attention in window order and one token off. `upstream_exact` only rounds
     K = max(1, int(r * N)) over all of a prompt's images at once.
@@ -25,6 +25,9 @@ class HoloV(Compressor):
 
     name = "holov"
     needs = frozenset({"received"})
+    paper = "HoloV, arXiv 2510.02912"
+    deviations = "the variance term, which changes nothing, is left out; what full crops can't take is given to others"
+    cost = "time O(N log N), memory O(N)"
 
     crops: int = field(
         default=0, metadata={"help": "number of crops; 0: int(1024 / 576 * N / K), at least 1, as upstream on Qwen"}

@@ -1,4 +1,4 @@
-"""`id_selection`: importance that fades around each token picked (METHODS 3.15)."""
+"""`id_selection`: importance that fades around each token picked (arXiv 2604.05601)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ class IDSelection(Compressor):
     """Picks the most important token again and again, and takes importance from the tokens that are like it.
 
     Importance is the attention received in the vision encoder, from 0 to 1; each pick p takes
-    exp(-gamma * (1 - cos)^2) * S_p from the others, never below 0. Source: arXiv 2604.05601, METHODS 3.15. No official
+    exp(-gamma * (1 - cos)^2) * S_p from the others, never below 0. Source: ID-Selection, arXiv 2604.05601. No official
     code is known: the bound at 0 is that of two re-implementations, which also use attention inside the LLM.
     `upstream_exact` only widens the scope to the whole prompt.
     """
 
     name = "id_selection"
     needs = frozenset({"received"})
+    paper = "ID-Selection, arXiv 2604.05601"
+    deviations = "importance from the vision encoder, bounded at 0 (no official code is known)"
+    cost = "time O(K N D), memory O(N D)"
 
     gamma: float = field(
         default=20.0, metadata={"help": "how fast a pick's effect fades with distance; larger: only near copies suffer"}

@@ -1,4 +1,4 @@
-"""`pooling`: a control that averages neighbours, whatever they hold (METHODS 3.14)."""
+"""`pooling`: a control that averages neighbours, whatever they hold."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ class Pooling(Compressor):
 
     A frame of h x w tokens becomes h' bands of rows, h' nearest to sqrt(K * h / w); where K is no multiple of h', some
     bands have one column more than others, so that there are exactly K cells. Frames share K evenly; with fewer tokens
-    than frames, neighbouring frames are averaged too. A cell stands at its middle token. Source: UniPruneBench,
-    METHODS 3.14, which pools to 4, 16 or 25 tokens, here the same numbers; `upstream_exact` only widens the scope to
-    the whole prompt, read as one long row.
+    than frames, neighbouring frames are averaged too. A cell stands at its middle token. Source: the control
+    of UniPruneBench, which pools to 4, 16 or 25 tokens, here the same numbers; `upstream_exact` only widens the scope
+    to the whole prompt, read as one long row.
     """
 
     name = "pooling"
+    paper = "the control of UniPruneBench"
+    deviations = "exactly K cells for any K, and whole frames for video"
+    cost = "time O(N D), memory O(N D)"
 
     @torch.no_grad()
     def compress(self, tokens: VisualTokens, count: int) -> Selection:

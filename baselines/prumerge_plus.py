@@ -1,4 +1,4 @@
-"""`prumerge_plus`: attended and evenly spaced tokens, each enriched by its neighbours (METHODS 3.7)."""
+"""`prumerge_plus`: attended and evenly spaced tokens, each enriched by its neighbours (LLaVA-PruMerge)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ class PruMergePlus(Compressor):
     """Keeps tokens of outstanding attention and evenly spaced ones, and adds to each those with the most similar keys.
 
     With I outliers of the attention (above Q3 + 1.5 IQR): the I most attended, then the first of 0, g, 2g, ... with
-    g = N // K, then the most attended of the rest; each becomes x_i + sum a_j x_j over its 32 nearest. Source: arXiv
-    2403.15388 in its budgeted Qwen2.5-VL form, METHODS 3.7. That port fills up at random where this goes by attention,
-    and leaves features in the order of rank while positions are sorted: here both are sorted. a sums to 1 over the
-    scope (its mean pooling leaves a quarter of that). `upstream_exact` rounds K = max(1, int(r * N)) and
+    g = N // K, then the most attended of the rest; each becomes x_i + sum a_j x_j over its 32 nearest. Source:
+    LLaVA-PruMerge, arXiv 2403.15388, in its budgeted Qwen2.5-VL form. That port fills up at random where this goes by
+    attention, and leaves features in the order of rank while positions are sorted: here both are sorted. a sums to 1
+    over the scope (its mean pooling leaves a quarter of that). `upstream_exact` rounds K = max(1, int(r * N)) and
     I = max(1, int(N * rho)) over all of a prompt's images at once.
     """
 
     name = "prumerge_plus"
     needs = frozenset({"received", "keys_concat"})
+    paper = "LLaVA-PruMerge, arXiv 2403.15388"
+    deviations = "the budgeted Qwen2.5-VL port without its misplaced features; fills up by attention, not at random"
+    cost = "time O(K N Dk + 32 K D), memory O(N (D + Dk))"
 
     neighbours: int = field(default=32, metadata={"help": "tokens with similar keys that are added to each kept one"})
 

@@ -1,4 +1,4 @@
-"""`pyramiddrop`: drops visual tokens in three steps through the LLM (METHODS 3.11)."""
+"""`pyramiddrop`: drops visual tokens in three steps through the LLM (arXiv 2410.17247)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ class PyramidDrop(ScoreDecoder):
 
     Score at each step: attention that a token receives from the prompt's last token by the projections of the very
     layer the tokens enter, mean over heads. Tokens left are r^(1/3), r^(2/3) and r of all: the published 0.5, 0.25
-    and 0.125 at r = 0.125. Source: arXiv 2410.17247, METHODS 3.11. Canonical K and scope are per image or video;
+    and 0.125 at r = 0.125. Source: PyramidDrop, arXiv 2410.17247. Canonical K and scope are per image or video;
     `upstream_exact` ranks all of a prompt's together and counts int(N * ratio). Tokens keep the positions of the
     full prompt; upstream numbers them anew at each step. Compare it at its layer-averaged tokens, not at K.
     """
 
     name = "pyramiddrop"
+    paper = "PyramidDrop, arXiv 2410.17247"
+    deviations = "any budget; positions stay"
+    cost = "time O(S D Dk + S H d) at each of 3 stages, memory O(S (D + Dk))"
 
     def layers(self, depth: int) -> tuple[int, ...]:
         return tuple(depth * quarter // 4 for quarter in (1, 2, 3))

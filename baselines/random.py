@@ -1,4 +1,4 @@
-"""`random`: a control that any method has to beat (METHODS 3.14)."""
+"""`random`: a control that any method has to beat."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ class Random(Compressor):
     """
 
     name = "random"
+    paper = "none: a control"
+    deviations = "none"
+    cost = "time O(N), memory O(N)"
 
     seed: int = field(default=0, metadata={"help": "another draw; report three or more"})
 

@@ -44,6 +44,7 @@ BUILTIN: dict[str, str] = {
     "dart": f"{_HERE}.dart:DART",
     "sparsevlm": f"{_HERE}.sparsevlm:SparseVLM",
     "pyramiddrop": f"{_HERE}.pyramiddrop:PyramidDrop",
+    "dynamic_qwen": "visionselector_eval.models.dynamic_qwen.compressor:DynamicQwen",
     "visionselector": "visionselector_eval.models.visionselector.compressor:VisionSelector",
     "idpruner": "visionselector_eval.models.visionselector.idpruner:IDPruner",
 }

@@ -1,4 +1,4 @@
-"""`sparsevlm`: keeps the visual tokens that the question's words attend to, and merges others (METHODS 3.10)."""
+"""`sparsevlm`: keeps the visual tokens that the question's words attend to, and merges others (SparseVLM)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SparseVLM(DecoderCompressor):
     Raters are the question's tokens that the visual tokens resemble more than average, found once on the input
     embeddings. After layers 2, 6 and 15 of 32 (in proportion for other depths) the raters' mean attention ranks the
     visual tokens. Of those that go, the better 30 % are merged by density peaks into about a tenth as many tokens.
-    Source: arXiv 2410.04417 (v1.5), METHODS 3.10. Canonically the tokens left are r^(1/3), r^(2/3) and r of all,
+    Source: SparseVLM, arXiv 2410.04417 (v1.5). Canonically the tokens left are r^(1/3), r^(2/3) and r of all,
     merged ones included (at most half of them), without upstream's random noise; a merged token stands at its
     centre's place and keeps its position. Upstream has fixed lists for four budgets at 576 tokens, puts merged tokens
     behind the others and numbers positions anew; `upstream_exact` ranks all images together, with int(N * ratio)
@@ -28,6 +28,11 @@ class SparseVLM(DecoderCompressor):
 
     name = "sparsevlm"
     needs = frozenset({"previous"})
+    paper = "SparseVLM, arXiv 2410.04417"
+    deviations = (
+        "any budget instead of four lists; merged tokens count, and keep their places and positions; no random noise"
+    )
+    cost = "time O(N T D) once, at each of 3 stages O(S D Dk + T S H d + N^2 D), memory O(S Dk + N D)"
 
     def layers(self, depth: int) -> tuple[int, ...]:
         layers: list[int] = []

@@ -1,4 +1,4 @@
-"""`tome`: pairs of similar tokens are merged, round after round (METHODS 3.5c)."""
+"""`tome`: pairs of similar tokens are merged, round after round (ToMe, arXiv 2210.09461)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ class ToMe(Compressor):
 
     In a round the tokens at even places look for their most similar one among those at odd places, and the q best of
     these pairs merge into means weighted by size; rounds with q = min(N - K, N // 2) until K are left. A merged token
-    stands at the place of its odd member. Source: arXiv 2210.09461, METHODS 3.5c. Upstream leaves the tokens out of
+    stands at the place of its odd member. Source: ToMe, arXiv 2210.09461. Upstream leaves the tokens out of
     order and adds log(size) to the attention of a ViT, which has no counterpart before an LLM; `upstream_exact` only
     widens the scope to the whole prompt.
     """
 
     name = "tome"
+    paper = "ToMe, arXiv 2210.09461"
+    deviations = (
+        "before the LLM instead of inside a ViT: no log(size) in the attention; raster order; rounds until K are left"
+    )
+    cost = "time O(N^2 D) over all rounds, memory O(N D)"
 
     metric: str = field(
         default="features",

@@ -1,4 +1,4 @@
-"""`uniform`: a control that ignores what the tokens hold (METHODS 3.14)."""
+"""`uniform`: a control that ignores what the tokens hold."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ class Uniform(Compressor):
     """
 
     name = "uniform"
+    paper = "none: a control"
+    deviations = "none"
+    cost = "time O(K), memory O(K)"
 
     def compress(self, tokens: VisualTokens, count: int) -> Selection:
         """Keep `count` of N tokens; kept: (count,) int64 on the features' device."""

@@ -1,4 +1,4 @@
-"""`visionzip`: dominant tokens by received attention, the rest merged into contextual ones (METHODS 3.2)."""
+"""`visionzip`: dominant tokens by received attention, the rest merged into contextual ones (VisionZip)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class VisionZip(Compressor):
     """Keeps the most attended tokens and merges the others into a few contextual tokens.
 
     Of K kept tokens C are contextual, C = min(max(1, floor(contextual * N)), K // 2), and D = K - C dominant:
-    exactly K in all, for every budget. Source: arXiv 2412.04467 in its Qwen2.5-VL form, METHODS 3.2.
+    exactly K in all, for every budget. Source: VisionZip, arXiv 2412.04467, in its Qwen2.5-VL form.
     `upstream_exact` keeps D = int((r - contextual) * N) and C = max(1, int(contextual * N)) (often fewer than
     r * N; D = 0 for small r) over all of a prompt's images at once. Attention never crosses images here;
     upstream's does.
@@ -25,6 +25,9 @@ class VisionZip(Compressor):
 
     name = "visionzip"
     needs = frozenset({"received", "keys"})
+    paper = "VisionZip, arXiv 2412.04467"
+    deviations = "exactly K in all; attention received in the encoder for the CLS token's, as in the Qwen2.5-VL port"
+    cost = "time O(N C Dk + N D) with C contextual tokens, memory O(N (C + D))"
 
     contextual: float = field(
         default=0.05,

@@ -1,4 +1,4 @@
-"""`vispruner`: the most attended tokens, and of the rest those least like the others (METHODS 3.13)."""
+"""`vispruner`: the most attended tokens, and of the rest those least like the others (VisPruner)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class VisPruner(Compressor):
     """Keeps the most attended tokens, and drops from the others, eight at a time, those most like another one.
 
     `important` of the K tokens go by attention. The others are, round after round, split into those at even and at odd
-    places; the even ones most like an odd one leave. Source: arXiv 2412.01818, METHODS 3.13. There attention is the CLS
+    places; the even ones most like an odd one leave. Source: VisPruner, arXiv 2412.01818. There attention is the CLS
     token's, and features are those before the projector; here attention is what the vision encoder's tokens receive.
     Odd and short lists, which break upstream, work. `upstream_exact` rounds K = round(r * N) over all of a prompt's
     images at once.
@@ -27,6 +27,9 @@ class VisPruner(Compressor):
 
     name = "vispruner"
     needs = frozenset({"received"})
+    paper = "VisPruner, arXiv 2412.01818"
+    deviations = "received attention for the CLS token's, features after the projector; odd and short lists work"
+    cost = "time O(N^2 D), memory O(N D)"
 
     important: float = field(default=0.5, metadata={"help": "share of the kept tokens that is chosen by attention"})
 

@@ -11,9 +11,12 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from visionselector_eval.baselines.errors import InputError
+
+if TYPE_CHECKING:
+    from .spec import MethodSpec
 
 PROGRAM = "visionselector-eval"
 EXIT_OK, EXIT_BAD_INPUT, EXIT_FAILED_CELLS, EXIT_INTERRUPTED = 0, 2, 3, 130
@@ -118,32 +121,66 @@ def _spec_from(arguments: argparse.Namespace) -> Any:
         given["generation"] = _pairs(given["generation"], "generation setting")
     if "tasks" in given and "suite" not in given:
         given["suite"] = None  # --tasks alone asks for those tasks, whatever suite a spec file names
-    if arguments.scorer:
-        methods = given.get("methods") or (None if arguments.spec else ["visionselector"])
-        if methods is None:
+    asked = [option for option in _WEIGHTS if getattr(arguments, option)]
+    if asked and "methods" not in given:
+        if arguments.spec:
+            option, (name, _) = asked[0], _WEIGHTS[asked[0]]
             raise InputError(
-                "--scorer goes with --methods; in a spec file write methods: [{name: visionselector, scorer: ...}]"
+                f"--{option} goes with --methods; in a spec file write methods: [{{name: {name}, {option}: ...}}]"
             )
-        given["methods"] = _with_scorer(methods, arguments.scorer)
+        given["methods"] = [_WEIGHTS[option][0] for option in asked]
+    for option in asked:
+        given["methods"] = _with_weights(given["methods"], option, getattr(arguments, option))
     return load_spec(arguments.spec, given) if arguments.spec else make_spec(given)
 
 
-def _with_scorer(methods: Sequence[Any], scorer: str) -> list[Any]:
-    """`methods` with the scorer for VisionSelector, which must be among them."""
+# Flags for the weights of learned methods: the option they fill, the method that is asked for where none is named.
+_WEIGHTS = {
+    "scorer": ("visionselector", "scorer weights for visionselector, and for every other method with an option scorer"),
+    "predictor": ("dynamic_qwen", "predictor weights for dynamic_qwen (every method with an option predictor)"),
+}
+
+
+def _add_weight_flags(parser: argparse.ArgumentParser) -> None:
+    for option, (_, about) in _WEIGHTS.items():
+        parser.add_argument(f"--{option}", metavar="PATH_OR_ID", help=f"{about}; default: those in the checkpoint")
+
+
+def _with_weights(methods: Sequence[Any], option: str, source: str) -> list[Any]:
+    """`methods` with `source` for each that has this option, also as a part of `A+B`; at least one must have it."""
+    from visionselector_eval.baselines.registry import options_of
+
     from .spec import make_method
 
     plain: list[dict[str, Any]] = [{"name": m, "options": {}} if isinstance(m, str) else m for m in methods]
-    if not any(m["name"] == "visionselector" for m in plain):
+    taking = [[k for k in options_of(m["name"]) if k == option or k.endswith(f".{option}")] for m in plain]
+    if not any(taking):
         raise InputError(
-            f"--scorer is for visionselector, which is not among the methods {', '.join(m['name'] for m in plain)}"
+            f"--{option} is for {_WEIGHTS[option][0]} and other methods with an option {option}; "
+            f"none is among the methods {', '.join(m['name'] for m in plain)}"
         )
-    # The label says nothing about the scorer: it is the same for all of this sweep, and the record names its weights.
+    # The label says nothing about the weights: they are the same for all of this sweep, and the record names them.
     return [
-        {**m, "label": make_method(m).label, "options": {"scorer": scorer, **m["options"]}}
-        if m["name"] == "visionselector"
+        {
+            **m,
+            "label": m.get("label") or make_method(m).label,
+            "options": {**dict.fromkeys(keys, source), **m["options"]},
+        }
+        if keys
         else m
-        for m in plain
+        for m, keys in zip(plain, taking, strict=True)
     ]
+
+
+def _chosen_method(arguments: argparse.Namespace) -> MethodSpec:
+    """The one method of a command, with the weights that were given for it."""
+    from .spec import make_method
+
+    method = _method(arguments.method)
+    for option in _WEIGHTS:
+        if source := getattr(arguments, option):
+            (method,) = _with_weights([method], option, source)
+    return make_method(method)
 
 
 def _sweep_parser() -> _Parser:
@@ -160,9 +197,7 @@ def _sweep_parser() -> _Parser:
     )
     parser.add_argument("--spec", metavar="FILE", help="YAML with the fields below; flags win over it")
     _add_spec_flags(parser)
-    parser.add_argument(
-        "--scorer", metavar="PATH_OR_ID", help="scorer weights for visionselector, where the checkpoint has none"
-    )
+    _add_weight_flags(parser)
     parser.add_argument(
         "--engine", default="local", metavar="NAME", help="local (this process) or ray (default: local)"
     )
@@ -170,11 +205,25 @@ def _sweep_parser() -> _Parser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the cells, what they share and what is done; run nothing"
     )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="then measure each cell's time, memory and tokens, alone, on up to 8 documents of its task",
+    )
+    for flag, what in (("repeats", "timed rounds of every cell"), ("warmup", "rounds before them")):
+        help_text = f"with --profile: {what} (default: as for `profile`)"
+        parser.add_argument(f"--profile-{flag}", type=int, metavar="N", help=help_text)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--only-missing", action="store_true", help="run what the run folder does not hold yet (default)"
     )
     which.add_argument("--overwrite", action="store_true", help="forget this sweep's cells first")
+    which.add_argument(
+        "--replace-stale",
+        action="store_true",
+        help="forget cells of the run folder that were made with other settings, such as an older version of this "
+        "package or other weights, and keep the rest (by default such cells are refused)",
+    )
     return parser
 
 
@@ -186,22 +235,56 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from .sweep import plan, run_sweep
 
     spec = _spec_from(arguments)
-    chosen = engine(arguments.engine, arguments.workers)
+    chosen, measuring = engine(arguments.engine, arguments.workers), _profile_plan(arguments)
     if arguments.dry_run:
         folder = spec.folder()
         run = Run(folder) if folder.is_dir() else None
         _print(render_plan(plan(spec, run, chosen.device(spec.device))))
         return EXIT_OK
     with SweepScreen() as screen:
-        run, result = run_sweep(spec, engine=chosen, overwrite=arguments.overwrite, progress=screen)
+        run, result = run_sweep(
+            spec,
+            engine=chosen,
+            overwrite=arguments.overwrite,
+            replace_stale=arguments.replace_stale,
+            progress=screen,
+        )
     _print(write(run.folder).to_terminal(_width()))
     _print(f"\nrun folder: {run.folder} (leaderboard.md, .csv, .tex, .html)")
+    unmeasured = _profile_of_sweep(spec, run, measuring, arguments.overwrite) if measuring is not None else 0
     if result.failed:
         log.error(
             "%d of %d cells failed; run the same command again to retry them", len(result.failed), screen.total_cells
         )
-        return EXIT_FAILED_CELLS
-    return EXIT_OK
+    return EXIT_FAILED_CELLS if result.failed or unmeasured else EXIT_OK
+
+
+def _profile_plan(arguments: argparse.Namespace) -> Any:
+    """How `--profile` measures, None without it; a mistake shows before the sweep runs."""
+    given = {name: getattr(arguments, f"profile_{name}") for name in ("repeats", "warmup")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not arguments.profile:
+        if given:
+            raise InputError(f"--profile-{next(iter(given))} goes with --profile")
+        return None
+    if arguments.engine != "local":
+        raise InputError("--profile measures on this machine alone: leave --engine out, and profile a finished sweep")
+    from .profiler.run import plan_of
+    from .profiler.spec import make_profile_spec
+
+    return plan_of(make_profile_spec(given))
+
+
+def _profile_of_sweep(spec: Any, run: Any, measuring: Any, overwrite: bool) -> int:
+    """Measure a sweep's cells and print the tables; returns how many could not be measured."""
+    from .profiler.screen import ProfileScreen
+    from .profiler.sweeps import profile_sweep
+
+    with ProfileScreen() as screen:
+        done = profile_sweep(spec, run, measuring, overwrite=overwrite, progress=screen)
+    for one in done:
+        _print(f"\n{one.text}\nprofile: {one.folder}")
+    return sum(len(one.failed) for one in done)
 
 
 def _print(text: str) -> None:
@@ -255,7 +338,7 @@ def _ask_parser() -> _Parser:
         "--method", default="full", metavar="NAME[:OPTION=VALUE,...]", help="a compressor (default: full)"
     )
     parser.add_argument("--budget", default="1.0", help="share of visual tokens to keep (0.2, 20%%) or a count (64tok)")
-    parser.add_argument("--scorer", metavar="PATH_OR_ID", help="scorer weights for visionselector")
+    _add_weight_flags(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: 128)")
     parser.add_argument("--min-pixels", type=int, help="smallest area of the picture or a frame")
     parser.add_argument("--max-pixels", type=int, help="largest area of the picture or a frame")
@@ -271,12 +354,7 @@ def _ask(arguments: argparse.Namespace) -> int:
     from visionselector_eval.models.answering import Answerer, Request, Setting
     from visionselector_eval.models.inputs import MediaSettings, read_image, read_video
 
-    from .spec import make_method
-
-    method = _method(arguments.method)
-    if arguments.scorer:
-        method = _with_scorer([method], arguments.scorer)[0]
-    chosen = make_method(method)
+    chosen = _chosen_method(arguments)
     options = resolve_options(chosen.name, chosen.options, arguments.pretrained)
     compressor, budget = build(chosen.name, **options), parse_budget(arguments.budget)
     media = MediaSettings(
@@ -390,6 +468,90 @@ def _smoke(arguments: argparse.Namespace) -> int:
     return EXIT_OK if report.as_expected else EXIT_FAILED_CELLS
 
 
+# profile -------------------------------------------------------------------------------------------------------------
+
+_PROFILE_ACTIONS = ("report FOLDER", "compare A B")
+
+
+def _profile_parser() -> _Parser:
+    from .profiler.spec import ProfileSpec
+
+    parser = _Parser(
+        prog=f"{PROGRAM} profile",
+        description="Measure what compression saves and costs: time by phase, memory, tokens, FLOPs, energy.\n"
+        "Run it again to resume. `profile report FOLDER` makes the tables of a profile again; `profile compare A B`\n"
+        "says for how many cells a repetition lands in the intervals of the first run (exit code 3 below 9 of 10).",
+        epilog=_example(
+            "profile --methods visionselector divprune --budgets 0.2 --synthetic 64 --repeats 10 --warmup 2",
+            "profile --random-weights qwen2_5_vl_7b --synthetic 1024 4096 16384 --device cuda",
+            "profile --pretrained Qwen/Qwen2.5-VL-7B-Instruct --task chartqa --limit 8",
+            "profile compare profiles/first profiles/second",
+        ),
+    )
+    actions = " or ".join(_PROFILE_ACTIONS)
+    parser.add_argument("action", nargs="*", metavar="ACTION", help=f"{actions}; default: measure")
+    for name, info in ProfileSpec.model_fields.items():
+        if name == "media":
+            continue
+        default = info.get_default(call_default_factory=True)
+        shown = "" if default in (None, []) else f" (default: {_shown(default)})"
+        many = typing.get_origin(info.annotation) is list
+        metavar = {"methods": "NAME[:OPTION=VALUE,...]", "synthetic": "N", "random_weights": "SHAPE"}.get(
+            name, name.upper()
+        )
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            dest=name,
+            nargs="+" if many else None,
+            metavar=metavar,
+            type=int if name == "synthetic" else str if many else _flag_type(info.annotation),
+            help=f"{info.description}{shown}".replace("%", "%%"),
+        )
+    _add_weight_flags(parser)
+    parser.add_argument("--overwrite", action="store_true", help="forget what the folder holds first")
+    return parser
+
+
+def _profile_spec(arguments: argparse.Namespace) -> Any:
+    from .profiler.spec import ProfileSpec, make_profile_spec
+
+    names = [name for name in ProfileSpec.model_fields if name != "media"]
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if "methods" in given:
+        given["methods"] = [_method(text) for text in given["methods"]]
+    for option in [option for option in _WEIGHTS if getattr(arguments, option)]:
+        given.setdefault("methods", [_WEIGHTS[option][0]])
+        given["methods"] = _with_weights(given["methods"], option, getattr(arguments, option))
+    return make_profile_spec(given)
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    action = arguments.action
+    if action and (action[0], len(action)) not in (("report", 2), ("compare", 3)):
+        usable = " or ".join(_PROFILE_ACTIONS)
+        raise InputError(f"'profile {' '.join(action)}' is not usable: give {usable}, or flags alone to measure")
+    if action:
+        from .profiler import report
+
+        if action[0] == "report":
+            _print(report.write(action[1]))
+            return EXIT_OK
+        agreement = report.compare(action[1], action[2])
+        _print(agreement.text())
+        return EXIT_OK if agreement.share >= 0.9 else EXIT_FAILED_CELLS
+    from .profiler.run import run_profile
+    from .profiler.screen import ProfileScreen
+
+    with ProfileScreen() as screen:
+        done = run_profile(_profile_spec(arguments), overwrite=arguments.overwrite, progress=screen)
+    _print(done.text)
+    _print(f"profile: {done.folder} (table.md, table.csv, samples.parquet, plots)")
+    if done.failed:
+        log.error("%d cells could not be measured; run the same command again to retry them", len(done.failed))
+        return EXIT_FAILED_CELLS
+    return EXIT_OK
+
+
 _LISTS = ("compressors", "backbones", "suites", "tasks")
 
 
@@ -414,7 +576,35 @@ def _list(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-_TASK_ACTIONS = ("fetch", "list", "layout")
+def _check_parser() -> _Parser:
+    parser = _Parser(
+        prog=f"{PROGRAM} check",
+        description="Check that a method keeps the promises that every compressor makes, on the embedded checkpoint:\n"
+        "for a method of your own, before its numbers are looked at. Exit code 3: it does not keep one.",
+        epilog=_example("check divprune", "check fastv:layer=3,rows=all"),
+    )
+    parser.add_argument("method", metavar="NAME[:OPTION=VALUE,...]", help="a compressor of `list compressors`")
+    _add_weight_flags(parser)
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from visionselector_eval.baselines import build
+    from visionselector_eval.models.checks import PROPERTIES, check
+
+    chosen = _chosen_method(arguments)
+    problems = check(build(chosen.name, **chosen.options))
+    for promise in PROPERTIES:
+        found = [problem for problem in problems if problem.promise == promise]
+        _print(f"{'broken' if found else 'ok    '}  {promise}")
+        for problem in found[:3]:
+            _print(f"        {problem.prompt}: {problem.found}")
+        if found[3:]:
+            _print(f"        and {len(found) - 3} more")
+    return EXIT_FAILED_CELLS if problems else EXIT_OK
+
+
+_TASK_ACTIONS = ("fetch", "list", "layout", "include")
 
 
 def _add_task_flags(parser: argparse.ArgumentParser, data_root: str) -> None:
@@ -434,11 +624,13 @@ def _tasks_parser() -> _Parser:
         prog=f"{PROGRAM} tasks",
         description="The data of the benchmarks. fetch: download what is missing to a folder that `sweep --data-root`\n"
         "reads, where a hub is reachable, else print the folder's layout; run it again to go on. list: the tasks.\n"
-        "layout: which files a data root wants.",
+        "layout: which files a data root wants. include: write task files of the embedded benchmarks (or of those\n"
+        "named) for the stock command, and print their folder: lmms-eval eval --include_path FOLDER.",
         epilog=_example(
             "tasks layout --tasks chartqa videomme --data-root /data/benchmarks",
             "tasks fetch --suite visionselector13 --data-root /data/benchmarks",
             "tasks list",
+            "tasks include --tasks tiny_chartqa",
         ),
     )
     parser.add_argument("action", metavar="|".join(_TASK_ACTIONS), help="one of these")
@@ -459,6 +651,9 @@ def _tasks(arguments: argparse.Namespace) -> int:
 
         _print(render(["tasks"]))
         return EXIT_OK
+    if arguments.action == "include":
+        _print(_include_folder(names, arguments.data_root))
+        return EXIT_OK
     if not names:
         raise InputError(f"tasks {arguments.action} which? give --suite or --tasks, e.g. --tasks chartqa")
     from . import fetch
@@ -475,6 +670,20 @@ def _tasks(arguments: argparse.Namespace) -> int:
         raise
     _print(fetch.render(results))
     return EXIT_FAILED_CELLS if any(result.state == "failed" for result in results) else EXIT_OK
+
+
+def _include_folder(names: Sequence[str], data_root: str | None) -> str:
+    from visionselector_eval.tasks.suites import entry, suite
+    from visionselector_eval.tasks.tiny.store import write_bindings
+
+    if data_root:
+        raise InputError("tasks include takes no --data-root: it is about the embedded benchmarks")
+    if real := [name for name in names if entry(name).mirror_of is None]:
+        raise InputError(
+            f"tasks include is about the embedded benchmarks, and {real[0]} is lmms-eval's own: the stock command "
+            "knows it already; to read it from local files use `sweep --data-root`"
+        )
+    return str(write_bindings(names or suite("tiny")))
 
 
 def _doctor_parser() -> _Parser:
@@ -502,14 +711,95 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return doctor.exit_code(checks)
 
 
+# train, data, export -------------------------------------------------------------------------------------------------
+
+
+def _train_parser() -> _Parser:
+    from .training import add_train_flags
+
+    parser = _Parser(
+        prog=f"{PROGRAM} train",
+        description="Train what a learned compressor needs, beside a frozen backbone: `visionselector` its scorer,\n"
+        "`dynamic-qwen` its predictor. Run the same command again to go on where a killed one was. Defaults are the\n"
+        "published settings. Several devices: `accelerate launch -m visionselector_eval.harness.cli train ...`.",
+        epilog=_example(
+            "train visionselector --pretrained Qwen/Qwen2.5-VL-7B-Instruct --data chartqa.jsonl ocr_vqa.jsonl "
+            "--image-root images --output runs/scorer",
+            "train visionselector --spec tiny.yaml --dry-run",
+            "train dynamic-qwen --data train.jsonl --hidden 64 --batch-size 8 --accumulation 1 --max-steps 200",
+        ),
+    )
+    add_train_flags(parser, _flag_type)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from .training import run_train
+
+    if text := run_train(arguments):
+        _print(text)
+    return EXIT_OK
+
+
+def _data_parser() -> _Parser:
+    from .training import add_data_flags
+
+    parser = _Parser(
+        prog=f"{PROGRAM} data",
+        description="Make training data. mirrors: conversations from the embedded benchmarks, never those that sweeps\n"
+        "ask. prepare-cambrian: the published recipe's subsets of Cambrian737k.jsonl, pictures checked.",
+        epilog=_example(
+            "data mirrors --tasks tiny_docvqa_val tiny_textvqa_val --documents 500 --output data",
+            "data prepare-cambrian Cambrian737k.jsonl --image-root images --output cambrian",
+        ),
+    )
+    add_data_flags(parser)
+    return parser
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from .training import run_data
+
+    text, complete = run_data(arguments)
+    _print(text)
+    return EXIT_OK if complete else EXIT_FAILED_CELLS
+
+
+def _export_parser() -> _Parser:
+    from .training import add_export_flags
+
+    parser = _Parser(
+        prog=f"{PROGRAM} export",
+        description="Put trained weights into a full checkpoint in the released layout, or take them out of one.",
+        epilog=_example(
+            "export runs/visionselector full-checkpoint",
+            "export --to scorer full-checkpoint scorer",
+        ),
+    )
+    add_export_flags(parser)
+    return parser
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from .training import run_export
+
+    _print(run_export(arguments))
+    return EXIT_OK
+
+
 # -----------------------------------------------------------------------------------------------------------------
 
 COMMANDS: dict[str, tuple[Callable[[], _Parser], Callable[[argparse.Namespace], int], str]] = {
     "sweep": (_sweep_parser, _sweep, "methods x budgets x benchmarks, and a leaderboard (the default)"),
     "ask": (_ask_parser, _ask, "one question about one image or video"),
     "report": (_report_parser, _report, "rebuild the leaderboard of a run folder"),
+    "profile": (_profile_parser, _profile, "time, memory, tokens and energy of each method, measured"),
     "smoke": (_smoke_parser, _smoke, "a few documents of each benchmark against a stored expectation, for CI"),
+    "train": (_train_parser, _train, "train the scorer of visionselector or the predictor of dynamic_qwen"),
+    "data": (_data_parser, _data, "make training data: from the embedded benchmarks, or Cambrian-737K's subsets"),
+    "export": (_export_parser, _export, "trained weights into a full checkpoint, and back"),
     "list": (_list_parser, _list, "compressors, backbones, suites, tasks"),
+    "check": (_check_parser, _check, "whether a method keeps the promises of a compressor"),
     "tasks": (_tasks_parser, _tasks, "download the data of benchmarks, or say where they belong"),
     "doctor": (_doctor_parser, _doctor, "check this machine and say what to do"),
 }

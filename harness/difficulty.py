@@ -1,4 +1,4 @@
-"""The difficulty split of VTC-Bench (METHODS 3.14): how methods fare on the documents that down-sampling loses.
+"""The difficulty split of VTC-Bench (arXiv 2510.07143): how methods fare on the documents that down-sampling loses.
 
 Most documents of most benchmarks are answered as well from a smaller picture, so a plain score says little about the
 choice of tokens. Group A holds the documents that `full` answers right and `downsample` wrong: there, which tokens are

@@ -1,6 +1,6 @@
 """Answer the documents of one unit: one backbone, one task, any number of (compressor, options, budget) cells.
 
-One loaded model, one image decode and one vision pass serve all cells of a unit (DESIGN section 6). Nothing here writes
+One loaded model, one image decode and one vision pass serve all cells of a unit. Nothing here writes
 a file: answers leave as events, in batches, and the driver stores them. So a unit can run here or on a worker.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from visionselector_eval.models.answering import Answer, Answerer, PreparedBatch
 from visionselector_eval.models.generation import generation_arguments
 from visionselector_eval.models.inputs import MediaSettings
 from visionselector_eval.models.loading import load_backbone
+from visionselector_eval.models.tiny import TINY
 from visionselector_eval.tasks import binding
 
 if TYPE_CHECKING:
@@ -167,6 +169,27 @@ def answer_unit(unit: Unit) -> Iterator[Event]:
     ------
     InputError: the backbone or the task can't be loaded.
     """
+    with _threads_for(unit.pretrained):
+        yield from _answer_unit(unit)
+
+
+@contextmanager
+def _threads_for(pretrained: str) -> Iterator[None]:
+    """One thread of torch for the embedded checkpoint, as many as there are for any other.
+
+    Its tensors are so small that a second thread only waits for the first. Where other programs want the cores, too,
+    that waiting made a run ten times as long. And sums of one thread are the same wherever it runs.
+    """
+    before = torch.get_num_threads()
+    try:
+        if pretrained == TINY:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _answer_unit(unit: Unit) -> Iterator[Event]:
     backbone = backbone_of(unit)
     settings: dict[str, Setting] = {}
     for work in unit.cells:

@@ -603,7 +603,8 @@ def _problems(backbone: str, own: Mapping[tuple[str, str, str], Mapping[str, _En
             if len(entry.done) and "n_skipped" in entry.done:
                 skipped[task] = max(skipped.get(task, 0), int(entry.done["n_skipped"].max()))
     lines += [
-        f"skipped: {backbone}, {task}: {number} documents could not be read and count as unanswered"
+        f"skipped: {backbone}, {task}: {number} document{'s' if number > 1 else ''} could not be read, counted as "
+        "unanswered"
         for task, number in sorted(skipped.items())
         if number
     ]

@@ -33,7 +33,8 @@ from .sweep import Progress, run_sweep
 EXPECTATION = "smoke.expected.json"
 """Where the expectation is, in the current folder, unless `--expect` names another file."""
 
-SUITE = "tiny"
+SUITE = "smoke"
+"""The suite that is asked for by default: every embedded benchmark."""
 
 # What a run without flags and without an expectation asks for. Device, precision and attention are definite: an
 # expectation made on a machine with a GPU must hold on one without. Two documents a batch, so that batching is covered.

@@ -49,6 +49,11 @@ log = logging.getLogger(__name__)
 # What a cell has of its own; everything else it must share with the `full` row that it is compared with.
 _OWN_SETTINGS = ("method", "options", "weights", "budget", "seed")
 
+# What all cells of one sweep on one backbone have in common.
+_SWEEP_SETTINGS = (
+    "revision", "limit", "media", "generation", "on_bad_document", "dtype", "attention", "lmms_eval", "version",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class PlannedCell:
@@ -210,6 +215,7 @@ def run_sweep(
     *,
     engine: Engine,
     overwrite: bool = False,
+    replace_stale: bool = False,
     progress: Progress | None = None,
     answer: Callable[[Unit], Iterable[Event]] = answer_unit,
 ) -> tuple[Run, SweepResult]:
@@ -218,6 +224,8 @@ def run_sweep(
     Parameters
     ----------
     engine: where units run. overwrite: forget the cells of this spec first (otherwise only what is missing is run).
+    replace_stale: forget only those cells of the folder that were made with other settings than this sweep's, such as
+        another version or other weights, instead of refusing to go on.
     progress: is told what happens. answer: what a worker does with a unit.
 
     Raises
@@ -229,7 +237,7 @@ def run_sweep(
     with run.lock():
         device = engine.device(spec.device)
         planned = plan(spec, run, device)
-        if _settle_earlier_cells(run, planned, overwrite):
+        if _settle_earlier_cells(run, planned, overwrite, replace_stale):
             planned = plan(spec, run, device)
         settings = planned.cells[0].settings
         run.write_spec(spec_yaml(spec))
@@ -415,8 +423,11 @@ def _place(values: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(str(values[k]) for k in ("backbone", "label", "budget", "task", "seed"))
 
 
-def _settle_earlier_cells(run: Run, planned: Plan, overwrite: bool) -> bool:
+def _settle_earlier_cells(run: Run, planned: Plan, overwrite: bool, replace_stale: bool = False) -> bool:
     """Cells of the folder that stand where a planned one will: failed ones go, finished ones are not mixed with others.
+
+    With `replace_stale` the finished ones of other settings go, too, and so do cells elsewhere in the grid (a method
+    that is no longer asked for) that were made under other settings of the whole sweep.
 
     Returns
     -------
@@ -424,7 +435,7 @@ def _settle_earlier_cells(run: Run, planned: Plan, overwrite: bool) -> bool:
 
     Raises
     ------
-    InputError: a finished cell was made with other settings, and `overwrite` was not asked for.
+    InputError: a finished cell was made with other settings, and neither `overwrite` nor `replace_stale` was asked for.
     """
     wanted = {
         _place(
@@ -440,6 +451,7 @@ def _settle_earlier_cells(run: Run, planned: Plan, overwrite: bool) -> bool:
     }
     removed = False
     digests = {cell.digest for cell in planned.cells}
+    common = {cell.spec.backbone.pretrained: cell.settings for cell in planned.cells}
     for digest in run.digests():
         record = run.record(digest)
         if record is None:
@@ -449,8 +461,13 @@ def _settle_earlier_cells(run: Run, planned: Plan, overwrite: bool) -> bool:
             continue
         cell = wanted.get(_place(record))
         if cell is None:
+            here = common.get(record["backbone"])
+            if replace_stale and here and any(here[k] != record["settings"].get(k) for k in _SWEEP_SETTINGS):
+                run.remove(digest)
             continue
-        if overwrite or (cell.digest != digest and record["status"] == "failed"):
+        # Not where the task's data are out of reach at the moment: results are not lost to a folder that isn't mounted.
+        stale = replace_stale and not cell.error
+        if overwrite or (cell.digest != digest and (stale or record["status"] == "failed")):
             run.remove(digest)
             removed = True
         elif cell.digest != digest:
@@ -459,6 +476,7 @@ def _settle_earlier_cells(run: Run, planned: Plan, overwrite: bool) -> bool:
             )
             raise InputError(
                 f"the run folder '{run.folder}' holds {cell.spec.title} made with other settings "
-                f"({', '.join(differing)}): give another --name or --output, or --overwrite"
+                f"({', '.join(differing)}): give another --name or --output, or make anew such cells with "
+                "--replace-stale or all of this sweep with --overwrite"
             )
     return removed

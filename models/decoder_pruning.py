@@ -23,6 +23,7 @@ from visionselector_eval.baselines.base import (
     working_dtype,
 )
 from visionselector_eval.models.splice import CompressedPrompt, repad
+from visionselector_eval.models.steps import step
 
 if TYPE_CHECKING:
     from torch import LongTensor, Tensor
@@ -205,7 +206,7 @@ class Entered:
     scores: for each prompt (N,) float or None: those of the first stage, for pictures.
     position_ids: (P, B, S'); attention_mask: (B, S'): of the last layer.
     layer_lengths: tokens entering each layer, the largest of the batch.
-    layer_tokens: for each prompt its visual tokens, averaged over the layers (METHODS 2).
+    layer_tokens: for each prompt its visual tokens, averaged over the layers, the cost to compare.
     """
 
     kept: list[LongTensor]
@@ -427,7 +428,8 @@ class DecoderPruning:
             start, chosen, scores = 0, [], []
             for present, count in sizes:
                 members = torch.arange(start, start + present, device=hidden.device)
-                selection = self._select(view, members, count)
+                with step("compressor"):
+                    selection = self._select(view, members, count)
                 kept = members[selection.kept.to(members.device)]
                 chosen.append(kept)
                 scores.append(selection.scores)

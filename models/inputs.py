@@ -53,12 +53,12 @@ class MediaSettings:
             raise InputError(f"max_num_frames={self.max_num_frames}, fps={self.fps}: both must be positive")
 
 
-_PUBLISHED_FPS, _PUBLISHED_MOST = 2.0, 768  # METHODS 4.1
+_PUBLISHED_FPS, _PUBLISHED_MOST = 2.0, 768  # of the harness published with VisionSelector, arXiv 2510.16598
 _CLIP_MEAN = (122, 116, 104)  # 8-bit mean of CLIP's training pictures
 
 
 def published_frame_indices(total: int, native_fps: float, most: int) -> list[int]:
-    """The frames that the published harness shows: `most` of them, repeated where the clip is short (METHODS 4.1).
+    """The frames that the published harness shows: `most` of them, repeated where the clip is short.
 
     Decoded at 2 frames a second (at most 768), of these `most` by a rounded-down linspace, first and last included.
     """
@@ -195,17 +195,39 @@ def build_inputs(
                     videos.append(frames)
                     metadata.append(about)
         texts.append(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return process(processor, texts, images, videos, metadata, settings)
+
+
+def process(
+    processor: Any,
+    texts: Sequence[str],
+    images: Sequence[Image.Image],
+    videos: Sequence[np.ndarray],
+    metadata: Sequence[Mapping[str, Any]],
+    settings: MediaSettings,
+) -> dict[str, Any]:
+    """Run the backbone's processor over rendered prompts and the media that they show, with the pixels of `settings`.
+
+    Parameters
+    ----------
+    texts: prompts with one placeholder for each picture and video. images: RGB, all prompts' in order.
+    videos: (T, H, W, 3) uint8 each; metadata: of each, as `read_video` gives it.
+
+    Returns
+    -------
+    as `build_inputs`.
+    """
     arguments: dict[str, Any] = {}
     if images:
-        arguments["images"] = images
+        arguments["images"] = list(images)
         if size := _size(processor.image_processor, settings.min_pixels, settings.max_pixels):
             arguments["images_kwargs"] = {"size": size}
     if videos:
-        arguments["videos"] = videos
+        arguments["videos"] = list(videos)
         # Frames are chosen above; what the processor may not do is choose again or change each frame's size with their
         # number (a default that moved between transformers releases).
         arguments["videos_kwargs"] = {
-            "video_metadata": metadata,
+            "video_metadata": list(metadata),
             "do_sample_frames": False,
             "cap_pixels_per_frame": False,
             "input_data_format": "channels_last",
@@ -214,7 +236,7 @@ def build_inputs(
             arguments["videos_kwargs"]["size"] = size
     return dict(
         processor(
-            text=texts,
+            text=list(texts),
             **arguments,
             text_kwargs={"padding": True, "padding_side": "left"},
             common_kwargs={"return_tensors": "pt"},

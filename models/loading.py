@@ -205,6 +205,23 @@ def checkpoint_revision(source: str, revision: str | None = None) -> str:
     return getattr(config, "_commit_hash", None) or folder_fingerprint(Path(located))
 
 
+def checkpoint_folder(source: str, revision: str | None = None) -> Path:
+    """A local folder with all files of a checkpoint (folder, hub id or `tiny`), downloaded where need be.
+
+    Raises
+    ------
+    InputError: no such checkpoint, or the hub does not give it.
+    """
+    located = _locate(source)
+    if not Path(located).is_dir():
+        from huggingface_hub import snapshot_download
+
+        with _readable_failures(source, "files"):
+            wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+            located = snapshot_download(located, revision=revision, allow_patterns=wanted)
+    return Path(located)
+
+
 def checkpoint_family(source: str, revision: str | None = None) -> str:
     """`model_type` of a checkpoint: the adapter that loads it, and lmms-eval's name of the unmodified model.
 

@@ -25,6 +25,7 @@ from visionselector_eval.baselines.base import (
     Share,
     VisualTokens,
 )
+from visionselector_eval.models.steps import step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -217,8 +218,9 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
             sizes.append([])
             continue
         text = prompt.embeds[row][prompt.question[row]] if "text" in compressor.needs else None
-        scopes = _scopes(items, compressor, text, prompt.keys[row])
-        selections = [select(scope, compressor, budget) for scope in scopes]
+        with step("compressor"):
+            scopes = _scopes(items, compressor, text, prompt.keys[row])
+            selections = [select(scope, compressor, budget) for scope in scopes]
         offset, kept, features = 0, [], []
         for scope, selection in zip(scopes, selections, strict=True):
             chosen = selection.kept.to(device)

@@ -62,6 +62,7 @@ COMPRESSORS = [
     Row("dart"),
     Row("sparsevlm", merges=True),
     Row("pyramiddrop"),
+    Row("dynamic_qwen"),
     Row("downsample", {"upstream_exact": True}, exact_count=False, merges=True),
     Row("visionselector", {"upstream_exact": True}),
     Row("divprune", {"upstream_exact": True}),
@@ -79,6 +80,7 @@ COMPRESSORS = [
     Row("fastv", {"rows": "all", "layer": 3}),
     Row("pyramiddrop", {"upstream_exact": True}),
     Row("dart", {"upstream_exact": True}),
+    Row("dynamic_qwen", {"upstream_exact": True}),
     Row("sparsevlm", {"upstream_exact": True}, merges=True),
 ]
 CANONICAL = [row for row in COMPRESSORS if not row.options]

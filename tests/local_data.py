@@ -7,8 +7,11 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
+from visionselector_eval.tasks.data import members
 from visionselector_eval.tasks.tiny.clips import write_clip
 
 PICTURE = Image.new("RGB", (56, 56), "white")
@@ -166,6 +169,17 @@ def _documents() -> dict[str, tuple[str, list[dict[str, Any]]]]:
 
 DOCUMENTS = _documents()
 SPLITS = {task: split for task, (split, _) in DOCUMENTS.items()}
+# Tasks whose right answers are with a server.
+SERVER: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    **{
+        task: ("test", [{"question_id": i, "question": "What is it?", "image": PICTURE} for i in range(4)])
+        for task in ("vqav2_test", "vizwiz_vqa_test")
+    },
+    **{
+        task: ("test", [{**row, "answer": "nan"} for row in DOCUMENTS[original][1]])
+        for task, original in (("mmbench_en_test", "mmbench_en_dev_static"), ("mmbench_cn_test", "mmbench_cn_dev"))
+    },
+}
 # Where the clips of each video task go: flat, and in upstream's sub folders.
 CLIPS = {
     "videomme": [f"videomme/videos/data/clip{i}.mp4" for i in range(2)],
@@ -194,13 +208,33 @@ def _is_picture(value: Any) -> bool:
 
 def write_task(root: Path, task: str, rows: list[dict[str, Any]] | None = None, clips: bool = True) -> Path:
     """One parquet file of `task` below `root`, and its clips; returns the file."""
-    split, own = DOCUMENTS[task]
+    split, own = {**DOCUMENTS, **SERVER}[task]
     file = root / task / f"{split}.parquet"
     file.parent.mkdir(parents=True, exist_ok=True)
     dataset(own if rows is None else rows).to_parquet(file)
     for clip in CLIPS.get(task, []) if clips else []:
         write_clips(root / clip)
     return file
+
+
+def write_mvbench(root: Path) -> None:
+    """The 20 tasks of the group mvbench below `root`, with clips of their own in one shared folder."""
+    rows = DOCUMENTS["mvbench_moving_direction"][1]
+    for of in members("mvbench"):
+        names = [f"{of.task}_{i}.mp4" for i in range(len(rows))]
+        (root / of.task).mkdir(parents=True, exist_ok=True)
+        own = [{**row, "video": name} for row, name in zip(rows, names, strict=True)]
+        dataset(own).to_parquet(root / of.task / "train.parquet")
+        write_clips(*(root / "mvbench" / "videos" / name for name in names))
+
+
+def break_picture(file: Path, number: int) -> None:
+    """Put bytes that are no picture into one row of a parquet file."""
+    table = pq.read_table(file)
+    place, column = table.schema.get_field_index("image"), table.column("image").to_pylist()
+    column[number] = {"bytes": b"no picture", "path": None}
+    field = table.schema.field("image")
+    pq.write_table(table.set_column(place, field, pa.array(column, type=field.type)), file)
 
 
 def write_clips(*files: Path) -> None:

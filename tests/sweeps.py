@@ -44,11 +44,22 @@ def small(folder: Path, **fields: Any) -> SweepSpec:
 
 
 def sweep(
-    folder: Path, *, overwrite: bool = False, answer: Any = answer_unit, progress: Progress | None = None, **fields: Any
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    replace_stale: bool = False,
+    answer: Any = answer_unit,
+    progress: Progress | None = None,
+    **fields: Any,
 ) -> tuple[Run, SweepResult]:
     """Run a small sweep in this process."""
     return run_sweep(
-        small(folder, **fields), engine=engine("local"), overwrite=overwrite, answer=answer, progress=progress
+        small(folder, **fields),
+        engine=engine("local"),
+        overwrite=overwrite,
+        replace_stale=replace_stale,
+        answer=answer,
+        progress=progress,
     )
 
 

@@ -7,6 +7,7 @@ table of a sweep's fields and the sections of methods anew.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -21,6 +22,7 @@ from source_tree import ROOT
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OURS = (["visionselector-eval"], ["python", "run_eval.py"])
 FIELDS = ("<!-- fields: written by tests/test_docs.py -->\n", "<!-- end of fields -->")
+SETTINGS = ("<!-- settings: written by tests/test_docs.py -->\n", "<!-- end of settings -->")
 METHODS = ("<!-- methods: written by tests/test_docs.py -->\n", "<!-- end of methods -->")
 
 
@@ -60,6 +62,8 @@ def our_arguments(command: list[str]) -> list[str] | None:
     for start in OURS:
         if command[: len(start)] == start:
             return command[len(start) :]
+    if command[:2] == ["accelerate", "launch"]:
+        return command[command.index("visionselector_eval.harness.cli") + 1 :]
     return None
 
 
@@ -72,6 +76,8 @@ def parse_only(arguments: list[str]) -> None:
     parsed = cli.COMMANDS[name][0]().parse_all(arguments)
     if name == "sweep":
         cli._spec_from(parsed)
+    elif name == "profile":
+        cli._profile_spec(parsed)
 
 
 def check_lmms_eval_arguments(command: list[str]) -> None:
@@ -91,12 +97,16 @@ def run_command(block: Block, command: list[str], folder: Path, capsys: pytest.C
     if "hub" in block.words:
         if arguments is not None:
             parse_only(arguments)
+        elif command[:2] == ["python", "-m"]:
+            importlib.import_module(command[2]).parser().parse_args(command[3:])
         else:
             check_lmms_eval_arguments(command)
     elif arguments is not None:
         code = cli.main(arguments)
         shown = capsys.readouterr()
         assert code == 0 or arguments == ["doctor"], f"{block.place}: {shlex.join(command)}\n{shown.out}{shown.err}"
+    elif command[:2] == ["python", "-m"]:
+        assert importlib.import_module(command[2]).main(command[3:]) == 0, f"{block.place}: {shlex.join(command)}"
     elif command[0] == "make":
         assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
     elif command[:2] == ["pip", "install"]:
@@ -184,6 +194,31 @@ def spec_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def training_table() -> str:
+    """The fields of the trainings as a Markdown table."""
+    from visionselector_eval.harness.training import shown_default
+    from visionselector_eval.models.training.spec import SPECS
+
+    rows = [f"| field | {' | '.join(SPECS)} | what it is |", "|---|---|---|---|"]
+    for name in dict.fromkeys(name for spec in SPECS.values() for name in spec.model_fields):
+        owners = {kind: spec.model_fields.get(name) for kind, spec in SPECS.items()}
+        texts = list(dict.fromkeys(info.description for info in owners.values() if info))
+        values = [
+            "-" if info is None else f"`{text}`" if (text := shown_default(info)) else "" for info in owners.values()
+        ]
+        rows.append(f"| `{name}` | {' | '.join(values)} | {' / '.join(texts)} |")
+    return "\n".join(rows) + "\n"
+
+
+def with_training_table(text: str) -> str:
+    return rewritten(text, SETTINGS, training_table())
+
+
+def test_the_table_of_settings_is_the_training_specs() -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    assert text == with_training_table(text), "run `python tests/test_docs.py`"
+
+
 def method_sections() -> str:
     """The registry as a table of all compressors and a section for each, from their docstrings and options."""
     import dataclasses
@@ -191,15 +226,16 @@ def method_sections() -> str:
 
     from visionselector_eval.baselines.registry import BUILTIN, compressor_class
 
-    rows = ["| method | stage | reads | trained | what it does |", "|---|---|---|---|---|"]
+    rows = ["| method | stage | needs | trained | paper | deviations from it | cost |", "|---|---|---|---|---|---|---|"]
     sections = []
     for name in sorted(BUILTIN):
         method = compressor_class(name)
         text = inspect.getdoc(method) or ""
         options = [f for f in dataclasses.fields(method) if f.name != "upstream_exact"]
-        reads = ", ".join(sorted(method.needs)) or ("hidden states" if method.stage == "decoder" else "features")
-        trained = "yes" if any(f.name in ("scorer", "predictor") for f in options) else "no"
-        rows.append(f"| [{name}](#{name}) | {method.stage} | {reads} | {trained} | {text.splitlines()[0]} |")
+        needs = ", ".join(sorted(method.needs)) or ("hidden states" if method.stage == "decoder" else "features")
+        paper = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", method.paper)
+        said = [method.stage, needs, "yes" if method.trained else "no", paper, method.deviations, method.cost]
+        rows.append(f"| {' | '.join([f'[{name}](#{name})', *said])} |")
         lines = [f"- `{f.name}` (default `{f.default!r}`): {f.metadata['help']}" for f in options]
         sections.append("\n".join([f"## {name}", "", text, *(["", "Options:", "", *lines] if lines else [])]))
     return "\n".join(rows) + "\n\n" + "\n\n".join(sections) + "\n\n"
@@ -228,6 +264,23 @@ def test_the_sections_of_methods_are_the_registry() -> None:
     assert text == with_method_sections(text), "run `python tests/test_docs.py`"
 
 
+def test_every_method_says_where_it_comes_from_and_what_it_costs() -> None:
+    import dataclasses
+
+    from visionselector_eval.baselines.registry import BUILTIN, compressor_class
+
+    for name in BUILTIN:
+        method = compressor_class(name)
+        assert method.name == name
+        for said in (method.paper, method.deviations, method.cost):
+            assert said, name
+            assert "|" not in said, "it would end the cell of the table"
+        assert re.search(r"arXiv \d{4}\.\d{5}|^none: |AngelSlim|UniPruneBench", method.paper), name
+        assert re.fullmatch(r"none|one resize.*|time O\(.*memory O\(.*\)", method.cost), name
+        learned = {f.name for f in dataclasses.fields(method)} & {"scorer", "predictor"}
+        assert method.trained == bool(learned), name
+
+
 def test_the_model_arguments_are_listed() -> None:
     import dataclasses
     import inspect
@@ -247,11 +300,12 @@ def test_links_and_named_files_exist(document: Path) -> None:
     text = document.read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (document.parent / target).exists(), target
-    for target in re.findall(r"`((?:tests|docs|baselines|models|tasks|harness|results)/[\w./-]*)`", text):
+    for target in re.findall(r"`((?:tests|docs|baselines|models|tasks|harness|results|examples)/[\w./-]*)`", text):
         assert (ROOT / target).exists(), target
 
 
 if __name__ == "__main__":
-    for file, write in (("sweep.md", with_spec_table), ("methods.md", with_method_sections)):
+    pages = {"sweep.md": with_spec_table, "methods.md": with_method_sections, "training.md": with_training_table}
+    for file, write in pages.items():
         page = ROOT / "docs" / file
         page.write_text(write(page.read_text()))

@@ -22,7 +22,7 @@ from source_tree import FLOORS, ROOT, imported_modules
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
-JUNK = (".git", ".venv", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+JUNK = (".git", ".venv", "build", "dist", "runs", "profiles", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:

@@ -1,11 +1,11 @@
-"""Time and memory of each compressor beside the naive form of the same method (METHODS 2).
+"""Time and memory of each compressor beside the naive form of the same method.
 
     python -m visionselector_eval.harness.benchmarks.compressors --tokens 1024 4096 --width 3584
 
 Both forms run in turn in one process on the same random features; read the ratios, the milliseconds belong to
-this machine. The naive forms (`naive.py`) are what METHODS 2 describes: full matrices and re-scans; at large N some
+this machine. The naive forms (`naive.py`) are full matrices and re-scans, as in most published code; at large N some
 take many minutes, so they run up to `--naive-tokens` only. VisionZip's cost lies in its attention (`--attention`); its
-merging has no naive form in METHODS 2. MiB is the peak of what an operation allocates beside its inputs.
+merging has no naive form. MiB is the peak of what an operation allocates beside its inputs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The compressors as METHODS 2 calls them naive: full matrices, re-scans and a token at a time.
+"""The compressors in their naive form: full matrices, re-scans and a token at a time, as most papers' code has them.
 
 Short rather than fast. Tests take what these keep for the truth, the benchmark their time for the comparison. Equal up
 to rounding counts as equal in both, and then the lower index comes first.
@@ -18,13 +18,13 @@ from visionselector_eval.models.visionselector import Scorer
 
 
 def naive_scores(scorer: Scorer, features: Tensor) -> Tensor:
-    """(N,) VisionSelector's scores through the N x N product of both projections (METHODS 3.1)."""
+    """(N,) VisionSelector's scores through the N x N product of both projections (arXiv 2510.16598)."""
     products = scorer.q_proj(features) @ scorer.k_proj(features).T
     return products.div(scorer.hidden**0.5).mean(dim=1)
 
 
 def naive_divprune(features: Tensor, count: int) -> list[int]:
-    """DivPrune's picks in order, from the full distance matrix re-read at every pick (METHODS 3.3)."""
+    """DivPrune's picks in order, from the full distance matrix re-read at every pick (arXiv 2503.02175)."""
     unit = features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
     distance = 1 - unit @ unit.T
     nearest_other = distance.clone().fill_diagonal_(torch.inf).amin(dim=0)
@@ -51,7 +51,7 @@ class NaiveZip:
 
 
 def naive_visionzip(features: Tensor, keys: Tensor, received: Tensor, dominant: int, contextual: int) -> NaiveZip:
-    """VisionZip one token at a time (METHODS 3.2)."""
+    """VisionZip one token at a time (arXiv 2412.04467)."""
     ranked = sorted(range(len(received)), key=lambda i: (-float(received[i]), i))
     kept = sorted(ranked[:dominant])
     rest = sorted(ranked[dominant:])
@@ -85,7 +85,7 @@ def _ranked(values: Tensor) -> list[int]:
 
 
 def naive_mmr(features: Tensor, scores: Tensor, count: int, balance: float = 0.5) -> list[int]:
-    """IDPruner's picks in order, from the full matrix of cosines (METHODS 3.15)."""
+    """IDPruner's picks in order, from the full matrix of cosines."""
     unit = _unit(features)
     cosine = unit @ unit.T
     importance = (scores - scores.min()) / (scores.max() - scores.min() + 1e-6)
@@ -98,7 +98,7 @@ def naive_mmr(features: Tensor, scores: Tensor, count: int, balance: float = 0.5
 
 
 def naive_fading(features: Tensor, importance: Tensor, count: int, gamma: float = 20.0) -> list[int]:
-    """ID-Selection's picks in order, from the full matrix of cosines (METHODS 3.15)."""
+    """ID-Selection's picks in order, from the full matrix of cosines (arXiv 2604.05601)."""
     unit = _unit(features)
     fade = torch.exp(-gamma * (1 - unit @ unit.T).square())
     spread = importance.max() - importance.min()
@@ -113,7 +113,7 @@ def naive_fading(features: Tensor, importance: Tensor, count: int, gamma: float 
 
 
 def naive_cdpruner(features: Tensor, relevance: Tensor, count: int) -> list[int]:
-    """CDPruner's picks in order, by Cholesky rows of the full kernel (METHODS 3.12); what is spanned counts as 0."""
+    """CDPruner's picks in order, by Cholesky rows of the full kernel (arXiv 2506.10967); the spanned count as 0."""
     unit = _unit(features)
     kernel = relevance[:, None] * (unit @ unit.T) * relevance
     eps = torch.finfo(kernel.dtype).eps
@@ -134,7 +134,7 @@ def naive_cdpruner(features: Tensor, relevance: Tensor, count: int) -> list[int]
 
 
 def naive_vispruner(features: Tensor, attention: Tensor, count: int, important: float = 0.5) -> list[int]:
-    """What VisPruner keeps, with all similarities anew in every round (METHODS 3.13)."""
+    """What VisPruner keeps, with all similarities anew in every round (arXiv 2412.01818)."""
     ranked = _ranked(attention)
     kept = ranked[: int(count * important)]
     left = torch.tensor(ranked[len(kept) :])
@@ -151,7 +151,7 @@ def naive_vispruner(features: Tensor, attention: Tensor, count: int, important: 
 def naive_prumerge(
     features: Tensor, keys: Tensor, attention: Tensor, count: int, neighbours: int = 32
 ) -> tuple[list[int], Tensor]:
-    """What PruMerge+ keeps, ascending, and its rows, each from a copy of all other tokens (METHODS 3.7)."""
+    """What PruMerge+ keeps, ascending, and its rows, each from a copy of all other tokens (arXiv 2403.15388)."""
     n = len(features)
     attention = attention / attention.sum()
     q1, q3 = attention.quantile(0.25), attention.quantile(0.75)
@@ -180,7 +180,7 @@ def naive_prumerge(
 
 
 def naive_holov(attention: Tensor, count: int, crops: int, features: Tensor | None = None) -> list[int]:
-    """HoloV's picks by crop and attention (METHODS 3.9), with its variance of similarities if `features` are given."""
+    """HoloV's picks by crop and attention (arXiv 2510.02912), with its variance term if `features` are given."""
     starts = [0]
     for crop in range(crops):
         starts.append(starts[-1] + len(attention) // crops + (crop < len(attention) % crops))
@@ -203,7 +203,7 @@ def naive_holov(attention: Tensor, count: int, crops: int, features: Tensor | No
 
 
 def naive_tome(features: Tensor, metric: Tensor | None, count: int) -> tuple[list[int], Tensor, list[int]]:
-    """ToMe's places, rows and sizes, from the full matrix of each round (METHODS 3.5c); `metric` None: the features."""
+    """ToMe's places, rows and sizes, by the full matrix of each round (arXiv 2210.09461); no `metric`: features."""
     x, size, place = features.clone(), [1] * len(features), list(range(len(features)))
     on_features = metric is None
     metric = x.clone() if metric is None else metric.clone()
@@ -229,7 +229,7 @@ def naive_tome(features: Tensor, metric: Tensor | None, count: int) -> tuple[lis
 def naive_fusion2x2(
     features: Tensor, grid: tuple[int, int, int], count: int, sim: bool = False, restore_norm: bool = False
 ) -> tuple[list[int], Tensor, list[int]]:
-    """The 2 x 2 fusion's places, rows and sizes, window by window (METHODS 3.5b)."""
+    """The 2 x 2 fusion's places, rows and sizes, window by window."""
     x, size, place = dict(enumerate(features)), dict.fromkeys(range(len(features)), 1), list(range(len(features)))
     while len(place) > count:
         t, h, w = grid if grid[1] * grid[2] > 1 else (1, 1, grid[0])
@@ -272,6 +272,6 @@ def naive_fusion2x2(
 
 
 def naive_pooling(features: Tensor, grid: tuple[int, int, int], bands: int, columns: int) -> Tensor:
-    """2-D adaptive average pooling of each frame to bands x columns (METHODS 3.14)."""
+    """2-D adaptive average pooling of each frame to bands x columns."""
     frames = features.view(*grid, -1).permute(0, 3, 1, 2)
     return torch.nn.functional.adaptive_avg_pool2d(frames, (bands, columns)).flatten(2).transpose(1, 2).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What sharing one loaded model, one image decode and one vision pass between cells saves (DESIGN section 6).
+"""What sharing one loaded model, one image decode and one vision pass between cells saves.
 
     python -m visionselector_eval.harness.benchmarks.sharing
     python -m visionselector_eval.harness.benchmarks.sharing --pretrained FOLDER --task chartqa --limit 64

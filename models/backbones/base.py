@@ -30,6 +30,7 @@ from visionselector_eval.models.decoder_pruning import (
     refuse_unusual_generation,
 )
 from visionselector_eval.models.splice import CompressedPrompt, Encoded, Prompt, prompt_key, splice
+from visionselector_eval.models.steps import step
 
 if TYPE_CHECKING:
     from torch import LongTensor, Tensor
@@ -194,8 +195,11 @@ class Backbone(ABC):
         if method.stage == "pixels":
             if share != Share(1.0):
                 full = [sum(item.features.shape[0] for item in row) for row in encoded.rows] if encoded else None
-                shorter = self.resize(inputs, method, share)
-                result = splice(self.prompt(shorter, keys), self.encode(shorter, frozenset()), _EVERYTHING, Share(1.0))
+                with step("compressor"):
+                    shorter = self.resize(inputs, method, share)
+                with step("vision"):
+                    smaller = self.encode(shorter, frozenset())
+                result = splice(self.prompt(shorter, keys), smaller, _EVERYTHING, Share(1.0))
                 totals = full if full is not None else self.visual_totals(inputs)
                 return CompressedPrompt(**{**vars(result), "totals": totals})
             method = _EVERYTHING
@@ -204,7 +208,8 @@ class Backbone(ABC):
             first = method.before or _EVERYTHING
             inside = (method, share) if share != Share(1.0) else None
         if encoded is None:
-            encoded = self.encode(inputs, first.needs & ALL_TRACES)
+            with step("vision"):
+                encoded = self.encode(inputs, first.needs & ALL_TRACES)
         return replace(splice(self.prompt(inputs, keys), encoded, first, share), decoder=inside)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL behind the backbone interface (facts: METHODS 0.1, 0.2; what was proved: LMMS_EVAL_NOTES 5)."""
+"""Qwen2.5-VL behind the backbone interface."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def received_attention(queries: Tensor, keys: Tensor, lengths: Sequence[int], sc
     -------
     (P,) float32 (float64 for float64 input); each segment sums to its length.
 
-    Source: METHODS 3.2 (VisionZip's received attention).
+    Source: VisionZip's ranking in its Qwen2.5-VL form, arXiv 2412.04467.
     """
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
     received = []
@@ -79,7 +79,7 @@ class _Captured:
         raster = torch.argsort(window_index)
         received = keys = keys_concat = None
         if "received" in needs:
-            # One segment for each temporal step: "full" attention does not cross frames (METHODS 0.1).
+            # One segment for each temporal step: "full" attention does not cross frames.
             per_patch = received_attention(q, k, [grid[1] * grid[2] * merged] * grid[0], module.scaling)
             received = per_patch.view(n, merged).mean(1)[raster]
         if "keys" in needs:

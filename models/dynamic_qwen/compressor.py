@@ -1,4 +1,4 @@
-"""`dynamic_qwen`: keeps the visual tokens that a trained predictor inside the LLM wants to keep (METHODS 3.4)."""
+"""`dynamic_qwen`: keeps the visual tokens that a trained predictor inside the LLM wants to keep."""
 
 from __future__ import annotations
 
@@ -33,13 +33,17 @@ class DynamicQwen(DecoderCompressor):
     The predictor reads the visual tokens' hidden states at the input of layer `layer`; those with the largest
     log-probability of being kept stay, at their own positions. The weights are those given as `predictor`, else
     `*.image_score_predictor.*` in the checkpoint of the backbone that it is bound to; scores in float32. Source:
-    Dynamic-LLaVA, arXiv 2412.00876, METHODS 3.4. Canonically each image or video is judged alone and keeps exactly K.
+    Dynamic-LLaVA, arXiv 2412.00876. Canonically each image or video is judged alone and keeps exactly K.
     `upstream_exact`: all of a prompt's together, and int(r * S) with S the length of the whole prompt, text included,
     so that short pictures in long prompts keep everything. Upstream also takes the text between two images for visual
     tokens; here it does not.
     """
 
     name = "dynamic_qwen"
+    trained = True
+    paper = "Dynamic-LLaVA, arXiv 2412.00876 (as Dynamic-Qwen)"
+    deviations = "K of the visual tokens, not of the whole prompt; text between images is no visual token; any width"
+    cost = "time O(N D M + N^2 M) with M channels inside, memory O(N (D + M))"
 
     predictor: str | Predictor | None = field(
         default=None,

@@ -1,4 +1,4 @@
-"""The trained predictor of Dynamic-LLaVA and Dynamic-Qwen, and where its weights are found (METHODS 3.4)."""
+"""The trained predictor of Dynamic-LLaVA and Dynamic-Qwen, and where its weights are found."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Predictor(nn.Module):
     """Tells for each visual token whether to keep it, from its hidden state inside the LLM.
 
     LayerNorm, Linear, GELU; two transformer blocks of 8 heads; then the first half of the channels (local) beside the
-    mean over all tokens of the second half (global), through three linear maps to (keep, drop). Source: arXiv
-    2412.00876, METHODS 3.4. The validity mask of padded training batches has no counterpart here: the tokens given
-    are all valid.
+    mean over all tokens of the second half (global), through three linear maps to (keep, drop). Source:
+    Dynamic-LLaVA, arXiv 2412.00876. The validity mask of padded training batches has no counterpart here: the tokens
+    given are all valid.
 
     Parameters
     ----------
@@ -260,6 +260,11 @@ def load_predictor(source: str) -> Predictor:
         if path.is_dir() and (path / _FILE).is_file():
             path = path / _FILE
         files: Iterable[str] = [str(path)] if path.is_file() else weight_files(source)
+        if not files and not path.exists():
+            raise InputError(
+                f"predictor '{source}' is no local file or folder, and the hub gives no weights of that id: check the "
+                "id and the connection, or give a local folder"
+            )
         for file in files:
             with safe_open(file, framework="pt", device="cpu") as opened:
                 whole = path.is_file() and not any(MARK in name for name in opened.keys())  # noqa: SIM118

@@ -3,7 +3,7 @@
 `python -m visionselector_eval.models.tiny.build FOLDER` writes it from nothing, deterministically. The weights are
 random (seeded), scaled so that the greedy answers depend on the picture and the question: every code path of the real
 thing runs, and the scores of a sweep mean nothing. The checkpoint holds a VisionSelector scorer beside the backbone,
-where a released VisionSelector checkpoint holds it.
+where a released VisionSelector checkpoint holds it, and Dynamic-Qwen's predictor.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+
+from visionselector_eval.models.dynamic_qwen.predictor import MARK, Predictor
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +143,13 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
                 parameter.copy_(1.5 / math.sqrt(fan_in) * torch.randn(parameter.shape, generator=generator))
 
 
+def predictor_weights(width: int = WIDTH, seed: int = 2) -> dict[str, torch.Tensor]:
+    """Seeded weights of a predictor for `dynamic_qwen`, bfloat16, by their names in a checkpoint of that width."""
+    predictor = Predictor(width, width // 4)
+    randomise(predictor, seed)
+    return {f"model.{MARK}{name}": tensor.bfloat16() for name, tensor in predictor.state_dict().items()}
+
+
 def build(folder: Path, seed: int = 0) -> None:
     """Write the checkpoint (weights in bfloat16, tokenizer, processors, chat template) into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -177,11 +186,8 @@ def build(folder: Path, seed: int = 0) -> None:
     for tensor in scorer.values():
         tensor.copy_(torch.randn(tensor.shape, generator=generator) / math.sqrt(width))
     weights = folder / "model.safetensors"
-    save_file(
-        {**load_file(weights), **{k: v.to(torch.bfloat16) for k, v in scorer.items()}},
-        weights,
-        metadata={"format": "pt"},
-    )
+    learned = {k: v.to(torch.bfloat16) for k, v in scorer.items()} | predictor_weights(width, seed + 2)
+    save_file({**load_file(weights), **learned}, weights, metadata={"format": "pt"})
     log.info("wrote %s: %d parameters", folder, model.num_parameters())
 
 

@@ -1,4 +1,4 @@
-"""`visionselector`: keeps the tokens that a trained scorer finds important (METHODS 3.1).
+"""`visionselector`: keeps the tokens that a trained scorer finds important (arXiv 2510.16598).
 
 `ScorerCompressor` is what it shares with other methods that read the same scores.
 """
@@ -30,6 +30,8 @@ PUBLISHED = {
 @dataclass(frozen=True, kw_only=True)
 class ScorerCompressor(Compressor):
     """A method that reads the scores of a trained scorer: those given as `scorer`, else the backbone's own weights."""
+
+    trained = True
 
     scorer: str | Scorer | None = field(
         default=None,
@@ -142,12 +144,15 @@ class VisionSelector(ScorerCompressor, ScoreCompressor):
     """Keeps the tokens that a trained scorer finds important, without attention and without the question.
 
     The weights are those given as `scorer`, else those in the checkpoint of the backbone that it is bound to.
-    Scores in float32 (float64 for float64) in O(N D). Source: arXiv 2510.16598, METHODS 3.1. The scorer
+    Scores in float32 (float64 for float64) in O(N D). Source: VisionSelector, arXiv 2510.16598. The scorer
     compares each token with the mean of its scope: canonically one image or video, with `upstream_exact` all
     of a prompt's, where K = max(1, int(r * N)). Upstream scores in half precision through an N x N matrix.
     """
 
     name = "visionselector"
+    paper = "VisionSelector, arXiv 2510.16598"
+    deviations = "the same scores without the N x N matrix, in float32"
+    cost = "time O(N D + D^2), memory O(N + D)"
 
     def upstream_count(self, n: int, ratio: float) -> int:
         return int(ratio * n)

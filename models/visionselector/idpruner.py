@@ -1,4 +1,4 @@
-"""`idpruner`: VisionSelector's scores against redundancy, by maximal marginal relevance (METHODS 3.15)."""
+"""`idpruner`: VisionSelector's scores against redundancy, by maximal marginal relevance."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ class IDPruner(ScorerCompressor):
 
     Each pick has the largest balance * importance - (1 - balance) * (its largest cosine to a picked token); importance
     is VisionSelector's score, from 0 to 1, with the same weights (option `scorer`, else the backbone's own). Source:
-    IDPruner as released in Tencent AngelSlim, METHODS 3.15; its paper speaks of soft top-k outputs, the code and we of
+    IDPruner as released in Tencent AngelSlim; its paper speaks of soft top-k outputs, the code and we of
     raw scores. A token is picked once. `upstream_exact` rounds K = round(N * (1 - pruned)), half to even, over all of a
     prompt's images at once.
     """
 
     name = "idpruner"
+    paper = "IDPruner, as released in Tencent AngelSlim"
+    deviations = "scores as in its code, not soft top-k outputs as in its paper; no token is picked twice"
+    cost = "time O(K N D), memory O(N D)"
 
     balance: float = field(
         default=0.5,

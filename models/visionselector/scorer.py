@@ -1,4 +1,4 @@
-"""The trained scorer of VisionSelector, and where its weights are found (METHODS 3.1)."""
+"""The trained scorer of VisionSelector, and where its weights are found (arXiv 2510.16598)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Scorer(nn.Module):
 
     With q and k the two projections, `s_i = mean_j q(V_i) . k(V_j) / sqrt(hidden)`. Upstream forms the N x N
     matrix; here the mean is moved inside, which is the same number in O(N D + D h): `s_i = (V_i . Wq'kbar +
-    bq . kbar) / sqrt(h)` with `kbar = k(mean_j V_j)`. Source: arXiv 2510.16598, METHODS 3.1.
+    bq . kbar) / sqrt(h)` with `kbar = k(mean_j V_j)`. Source: VisionSelector, arXiv 2510.16598.
 
     Parameters
     ----------

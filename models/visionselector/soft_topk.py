@@ -1,4 +1,4 @@
-"""Differentiable top-k: a mask whose rows sum to k (METHODS 3.1)."""
+"""Differentiable top-k: a mask whose rows sum to k (VisionSelector, arXiv 2510.16598)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def soft_topk(scores: Tensor, k: int | LongTensor, valid: BoolTensor | None = No
         everything that lies in CPU memory). An out-of-range k on an accelerator gives a mask of about 0 or
         about 1.
 
-    Source: arXiv 2510.16598, METHODS 3.1. Upstream brackets t by the scores -10 and +10, which fails for
+    Source: VisionSelector, arXiv 2510.16598. Upstream brackets t by the scores -10 and +10, which fails for
     shares under 4.5e-5; here the bracket widens by log N and always holds. The sum in the backward pass is
     clamped at 1e-12.
     """

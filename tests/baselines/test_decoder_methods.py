@@ -1,4 +1,4 @@
-"""Decoder-stage methods by themselves: golden vectors of METHODS 7 (float64), counts, layers and invariants."""
+"""Decoder-stage methods by themselves: golden vectors (float64), counts, layers and invariants."""
 
 from __future__ import annotations
 

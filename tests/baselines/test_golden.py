@@ -1,4 +1,4 @@
-"""Golden vectors of METHODS 7, in float64, to the printed digits."""
+"""Golden vectors in float64, to the printed digits; computed apart from this code, by the papers' formulas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from visionselector_eval.baselines.base import unit_rows
 from visionselector_eval.baselines.divprune import pick_order
 from visionselector_eval.models.visionselector import Scorer, idpruner, soft_topk
 
-I = torch.arange(16, dtype=torch.float64)[:, None]  # noqa: E741 - METHODS calls the row i
+I = torch.arange(16, dtype=torch.float64)[:, None]  # noqa: E741 - the row i of the formulas
 J = torch.arange(6, dtype=torch.float64)[None]
 X = torch.sin(0.37 * (I + 1) * (J + 1)) + 0.1 * torch.cos(1.7 * (I + 1))
 Y = torch.cos(0.53 * (I + 1) * (J + 1) + 0.2)
@@ -63,7 +63,7 @@ def test_soft_topk_and_its_gradient():
     hard = torch.zeros(16, dtype=torch.float64)
     hard[top_k(scores[0].detach(), 4)] = 1
     # Within one unit of the last printed digit: the value to 14 digits is 0.47732873906545 (checked in 50-digit
-    # arithmetic), which METHODS prints cut off rather than rounded.
+    # arithmetic), of which ten digits are printed here, cut off rather than rounded.
     assert binary_cross_entropy(mask[0], hard).item() == pytest.approx(0.4773287390, abs=1e-10)
 
 
@@ -95,7 +95,7 @@ def test_holov():
 
 
 def test_prumerge_plus():
-    """rho = 0, so that one token goes by attention; METHODS prints rows by rank: 7, 0, 2, 4, 6, 8."""
+    """rho = 0, so that one token goes by attention; by rank the rows are 7, 0, 2, 4, 6, 8."""
     selection = build("prumerge_plus", neighbours=4).compress(TOKENS, 6)
     assert selection.kept.tolist() == [0, 2, 4, 6, 7, 8]
     assert selection.features is not None

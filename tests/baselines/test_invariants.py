@@ -1,4 +1,4 @@
-"""METHODS 7.1 for every compressor that chooses tokens, and cheap forms against naive ones."""
+"""What every compressor that chooses tokens must hold to, and cheap forms against naive ones."""
 
 from __future__ import annotations
 

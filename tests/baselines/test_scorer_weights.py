@@ -143,7 +143,7 @@ def test_start_of_training():
     assert scorer.k_proj.weight.std().item() == pytest.approx(1e-4, rel=0.02)
     assert list(scorer.state_dict()) == ["q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias"]
     parameters = sum(p.numel() for p in Scorer(3584, 1792).parameters())
-    assert parameters == 12_848_640  # METHODS 3.1, 7B
+    assert parameters == 12_848_640  # the released scorer of the 7B
 
 
 @pytest.mark.parametrize(

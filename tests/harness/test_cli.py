@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from visionselector_eval.baselines import available, parse_budget
 from visionselector_eval.harness import cli, evaluate
+from visionselector_eval.harness.store import load_run
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
 from visionselector_eval.models.tiny import checkpoint
 from visionselector_eval.tasks import binding
-from visionselector_eval.tasks.tiny import clips, store
+from visionselector_eval.tasks.tiny import MIRRORS, clips, store
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--methods", "divprune", "--budgets", "0.2", "--tasks", "tiny_pope", "--limit", "2", "--device", "cpu"]
@@ -265,7 +266,7 @@ MISTAKES = {
         "128.*64",
     ),
     "scorer missing": (lambda t, m: ["sweep", "--methods", "visionselector", "--scorer", str(t / "s")], "scorer"),
-    "scorer of no method": (lambda t, m: ["ask", "?", "--scorer", str(t)], "--scorer is for visionselector"),
+    "scorer of no method": (lambda t, m: ["ask", "?", "--scorer", str(t)], "--scorer is for visionselector and other"),
     "image unreadable": (lambda t, m: ["ask", "?", "--image", str(m / "text.png")], "text.png' can't be read"),
     "image missing": (lambda t, m: ["ask", "?", "--image", str(m / "none.png")], "none.png' is not there"),
     "image that is a folder": (lambda t, m: ["ask", "?", "--image", str(m)], "can't be read"),
@@ -354,6 +355,50 @@ def test_cells_of_other_settings_are_one_line_and_exit_code_2(tmp_path, capsys):
     assert (code, out) == (2, "")
     assert re.fullmatch(rf"{cli.PROGRAM}: .*made with other settings \(generation\).*--overwrite\n", err), err
     assert run(capsys, *flags, "--generation", "max_new_tokens=2", "--overwrite")[0] == 0
+
+
+def test_the_demo_of_an_old_checkout_is_made_anew(tmp_path, monkeypatch, capsys):
+    """`make demo` after the weights and the version changed: a leaderboard, of new cells alone."""
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    (demo,) = re.findall(r"^DEMO := (.*)$", makefile, re.M)
+    parsed = cli._sweep_parser().parse_all(shlex.split(demo))
+    assert (parsed.name, parsed.replace_stale) == ("demo", True)
+    monkeypatch.chdir(tmp_path)
+    fewer = ["--limit", "2", "--tasks", "tiny_pope", "--methods", "uniform", "--device", "cpu"]
+    with monkeypatch.context() as then:
+        then.setattr("visionselector_eval.harness.sweep.version", lambda package: "0.0")
+        then.setattr("visionselector_eval.harness.sweep.checkpoint_revision", lambda *a: "old weights")
+        assert run(capsys, "sweep", *shlex.split(demo), *fewer)[0] == 0
+        old = set(load_run("runs/demo").cells["digest"])
+    plain = [flag for flag in shlex.split(demo) if flag != "--replace-stale"]
+    code, out, err = run(capsys, "sweep", *plain, *fewer)
+    assert (code, out, err.count("\n")) == (2, "", 1), "without being asked nothing is thrown away"
+    code, out, _ = run(capsys, "sweep", *shlex.split(demo), *fewer)
+    assert code == 0
+    assert "uniform" in out
+    assert "left out" not in out
+    cells = load_run("runs/demo").cells
+    assert len(cells) == len(old)
+    assert not old & set(cells["digest"])
+
+
+def test_tasks_include_gives_the_stock_command_its_folder(tmp_path, capsys):
+    code, out, err = run(capsys, "tasks", "include", "--tasks", "tiny_pope", "tiny_videomme")
+    assert (code, err) == (0, "")
+    folder = Path(out.strip())
+    names = {"tiny_pope.yaml", "tiny_videomme.yaml", "media_tiny_videomme.py"}
+    assert {file.name for file in folder.iterdir()} == names
+    everything = run(capsys, "tasks", "include")
+    assert {f.stem for f in Path(everything[1].strip()).glob("*.yaml")} == set(MIRRORS)
+    assert everything == run(capsys, "tasks", "include", "--suite", "tiny")
+    for flags, said in (
+        (["--tasks", "chartqa"], "chartqa is lmms-eval's own"),
+        (["--tasks", "tiny_pop"], "did you mean 'tiny_pope'"),
+        (["--tasks", "tiny_pope", "--data-root", str(tmp_path)], "no --data-root"),
+    ):
+        code, out, err = run(capsys, "tasks", "include", *flags)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert said in err
 
 
 def test_stopped_by_hand_says_that_it_can_go_on(tmp_path, monkeypatch, capsys):

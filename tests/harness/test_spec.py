@@ -108,7 +108,7 @@ def test_flags_win_over_the_file_and_tasks_replace_its_suite(tmp_path):
     assert (spec.limit, spec.task_names(), spec.budgets) == (2, ["tiny_pope"], ["0.3", "0.1"])
 
 
-def test_a_scorer_given_by_flag_goes_to_visionselector_alone(tmp_path):
+def test_a_scorer_given_by_flag_goes_to_every_method_that_takes_one(tmp_path):
     spec = from_flags("--methods", "visionselector", "divprune", "--scorer", "some/where")
     assert [(m.label, m.options) for m in spec.methods] == [
         ("visionselector", {"scorer": "some/where"}),
@@ -117,11 +117,23 @@ def test_a_scorer_given_by_flag_goes_to_visionselector_alone(tmp_path):
     both = from_flags("--methods", "visionselector", "visionselector:upstream_exact=true", "--scorer", "some/where")
     assert [m.label for m in both.methods] == ["visionselector", "visionselector[upstream_exact=True]"]
     assert from_flags("--scorer", "some/where").methods == spec.methods[:1]
-    with pytest.raises(InputError, match="--scorer is for visionselector, which is not among the methods divprune"):
+    with pytest.raises(InputError, match="option scorer; none is among the methods divprune"):
         from_flags("--methods", "divprune", "--scorer", "some/where")
     (tmp_path / "spec.yaml").write_text("methods: [visionselector]\n")
     with pytest.raises(InputError, match="--scorer goes with --methods"):
         from_flags("--spec", str(tmp_path / "spec.yaml"), "--scorer", "x")
+    names = ("idpruner", "visionselector+fastv", "divprune+dynamic_qwen", "visionselector+idpruner")
+    spec = from_flags("--methods", *names, "--scorer", "a", "--predictor", "b")
+    assert [(m.label, m.options) for m in spec.methods] == [
+        ("idpruner", {"scorer": "a"}),
+        ("visionselector+fastv", {"visionselector.scorer": "a"}),
+        ("divprune+dynamic_qwen", {"dynamic_qwen.predictor": "b"}),
+        ("visionselector+idpruner", {"visionselector.scorer": "a", "idpruner.scorer": "a"}),
+    ]
+    assert [m.name for m in from_flags("--scorer", "a", "--predictor", "b").methods] == [
+        "visionselector",
+        "dynamic_qwen",
+    ]
 
 
 def test_every_field_has_a_flag_and_words(capsys):

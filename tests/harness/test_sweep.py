@@ -17,12 +17,14 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from local_data import write_task
 from safetensors.torch import load_file, save_file
 from sweeps import SMALL, Answering, contents, records, small, sweep
 
 from visionselector_eval.baselines import InputError, parse_budget, registry
 from visionselector_eval.harness import cli, evaluate
 from visionselector_eval.harness.evaluate import Answered, answer_unit
+from visionselector_eval.harness.leaderboard import build_leaderboard
 from visionselector_eval.harness.screen import render_plan
 from visionselector_eval.harness.spec import cells_of, load_spec, make_spec
 from visionselector_eval.harness.store import IDENTITY, SAMPLE_COLUMNS, Run, load_run
@@ -63,7 +65,7 @@ def stock_checkpoint(folder: Path) -> Path:
 
 
 def test_a_run_has_the_promised_files_and_columns(finished):
-    """DESIGN section 3: files of a run, columns of both frames."""
+    """Files of a run, columns of both frames."""
     assert {p.name for p in finished.iterdir() if not p.name.startswith(".")} == {
         "spec.yaml",
         "environment.json",
@@ -310,6 +312,57 @@ def test_cells_made_with_other_settings_are_not_mixed(change, named, copy):
     _, result = sweep(copy, overwrite=True, **{"tasks": ["tiny_pope"], **change})
     assert result.done
     assert not result.failed
+
+
+def test_stale_cells_are_replaced_where_that_is_asked_for(copy, monkeypatch):
+    """Cells of an older version go, wherever in the grid they stand; current ones stay as they are."""
+    sweep(copy, tasks=["tiny_docvqa_val"])  # current, and not asked for below
+    old = set(records(copy))
+    monkeypatch.setattr("visionselector_eval.harness.sweep.version", lambda package: "99")
+    with pytest.raises(InputError, match=r"\(lmms_eval, version\).*--replace-stale"):
+        sweep(copy, tasks=["tiny_pope"])
+    assert set(records(copy)) == old
+    _, result = sweep(copy, replace_stale=True, tasks=["tiny_pope"])
+    found = records(copy)
+    assert (result.before, set(result.done), result.failed) == ([], set(found), {})
+    assert (len(found), {record["version"] for record in found.values()}) == (3, {"99"})
+    assert "left out" not in " ".join(build_leaderboard(*load_run(copy)).notes)
+    before = {p: p.stat().st_mtime_ns for p in (copy / "cells").rglob("*")}
+    # Nothing is stale now. A method that is not asked for any more stays.
+    _, again = sweep(copy, replace_stale=True, tasks=["tiny_pope"], methods=["divprune"])
+    assert (len(again.before), again.done) == (2, [])
+    assert {p: p.stat().st_mtime_ns for p in (copy / "cells").rglob("*")} == before
+
+
+def test_results_whose_data_are_out_of_reach_are_not_stale(tmp_path):
+    """A data root that isn't mounted today costs no finished cell."""
+    for task in ("chartqa", "pope"):
+        write_task(tmp_path / "root", task)
+    real = {"data_root": str(tmp_path / "root"), "tasks": ["chartqa", "pope"]}
+    sweep(tmp_path / "run", **real)
+    old = contents(tmp_path / "run")
+    shutil.rmtree(tmp_path / "root" / "chartqa")
+    evaluate._bound.clear()  # as in another process
+    with pytest.raises(InputError, match="made with other settings"):
+        sweep(tmp_path / "run", replace_stale=True, **real)
+    assert contents(tmp_path / "run") == old
+
+
+@pytest.mark.parametrize("pretrained", ["tiny", "other"])
+def test_the_embedded_checkpoint_is_run_in_one_thread(pretrained, tmp_path, monkeypatch):
+    seen = []
+    prepare = evaluate._prepare
+    monkeypatch.setattr(evaluate, "_prepare", lambda *a: seen.append(torch.get_num_threads()) or prepare(*a))
+    if pretrained == "other":
+        pretrained = str(shutil.copytree(checkpoint(), tmp_path / "other"))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        sweep(tmp_path / "run", backbones=[pretrained], tasks=["tiny_pope"], methods=["uniform"], limit=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1 if pretrained == "tiny" else 2]
 
 
 def test_a_folder_has_one_writer(copy):

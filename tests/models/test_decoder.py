@@ -12,7 +12,7 @@ from battery import PROMPTS, clip, picture, same_tensor, user
 from safetensors.torch import load_file, save_file
 
 from visionselector_eval.baselines import InputError, Tokens, build, parse_budget
-from visionselector_eval.baselines.base import DecoderCompressor, ScoreDecoder, Selection, Share
+from visionselector_eval.baselines.base import DecoderCompressor, Host, ScoreDecoder, Selection, Share
 from visionselector_eval.baselines.registry import resolve_options
 from visionselector_eval.models import load_backbone
 from visionselector_eval.models.answering import Answerer, Request, Setting
@@ -533,11 +533,12 @@ def test_dynamic_qwen_in_a_batch_and_in_bfloat16(tiny):
 
 
 def written(folder, predictor, names=lambda name: name, prefix="model.image_score_predictor."):
-    """The embedded checkpoint with a predictor beside the backbone."""
+    """The embedded checkpoint with this predictor beside the backbone instead of its own."""
     shutil.copytree(checkpoint(), folder)
     weights = folder / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(weights).items() if "image_score_predictor" not in name}
     extra = {prefix + names(name): tensor.contiguous() for name, tensor in predictor.state_dict().items()}
-    save_file({**load_file(weights), **extra}, weights, metadata={"format": "pt"})
+    save_file({**kept, **extra}, weights, metadata={"format": "pt"})
     return folder
 
 
@@ -565,16 +566,18 @@ def test_dynamic_qwen_says_what_its_weights_lack(tiny, tmp_path):
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(b"torn")
     for method, says in (
-        (DynamicQwen(), "needs predictor weights: checkpoint tiny has no image_score_predictor"),
         (DynamicQwen(predictor=Predictor(24, 16)), "has width 24 but backbone tiny has 64"),
         (DynamicQwen(predictor=str(tmp_path / "nowhere")), "does not exist"),
         (DynamicQwen(predictor=str(empty)), "holds no predictor"),
+        (DynamicQwen(predictor="nobody/nothing"), "the hub gives no weights of that id"),
         (DynamicQwen(predictor=str(torn)), "cannot be read"),
         (DynamicQwen(predictor=tiny_predictor(), layer=4), "give layers from 1 to 3"),
     ):
         with pytest.raises(InputError, match=says) as error:
             tiny.prefill(inputs, method, 0.3)
         assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="needs predictor weights: checkpoint org/stock has no image_score_predictor"):
+        DynamicQwen().bind(Host(id="org/stock", width=64, depth=DEPTH, extra_weights={"visual.x": torch.zeros(1)}))
     for options in ({"predictor": ""}, {"predictor": 3}, {"layer": 0}):
         with pytest.raises(InputError, match=next(iter(options))):
             DynamicQwen(**options)

@@ -142,7 +142,7 @@ def test_received_attention_holds_no_square(monkeypatch):
 
 
 def test_traces_come_back_in_raster_order(tiny):
-    """Window order round trip: per-patch quantities of a picture land on their own token (METHODS 7.1)."""
+    """Window order round trip: per-patch quantities of a picture land on their own token."""
     inputs = tiny.to_device(
         build_inputs(tiny.processor, [user(picture(252, 308), picture(140, 196, 1), "What?")], MediaSettings())
     )
@@ -192,7 +192,7 @@ def test_prompts_that_do_not_fit_their_pictures_are_refused(tiny):
 
 
 def test_the_published_frame_sampling_repeats_frames_of_short_clips(tmp_path):
-    """32 of 2-a-second frames by index, first and last included, and a clock of 2 a second (METHODS 4.1)."""
+    """32 of 2-a-second frames by index, first and last included, and a clock of 2 a second."""
     write_video(tmp_path / "clip.mp4", 25)  # 2.5 s: five frames at 2 a second
     frames, about = read_video(tmp_path / "clip.mp4", MediaSettings(max_num_frames=8, repeat_frames=True))
     assert len(frames) == 8

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from visionselector_eval.baselines import InputError, build
 from visionselector_eval.models import load_backbone
+from visionselector_eval.models.dynamic_qwen import Predictor
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
 from visionselector_eval.models.loading import checkpoint_revision
 from visionselector_eval.models.tiny import checkpoint
@@ -63,11 +64,11 @@ def released_layout(folder, shards: int = 1):
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_released_checkpoint_loads_as_it_is(shards, tiny, tmp_path):
     backbone = load_backbone(released_layout(tmp_path / "released", shards))
-    assert sorted(backbone.host.extra_weights) == sorted(
-        f"visual.importance_scorer.{p}_proj.{part}" for p in "qk" for part in ("weight", "bias")
-    )
+    learned = {f"visual.importance_scorer.{p}_proj.{part}" for p in "qk" for part in ("weight", "bias")}
+    learned |= {f"model.image_score_predictor.{name}" for name in Predictor(64, 16).state_dict()}
+    assert set(backbone.host.extra_weights) == learned
     inputs = build_inputs(backbone.processor, PROMPTS["two images"](), MediaSettings())
-    for name in ("full", "visionselector", "divprune"):
+    for name in ("full", "visionselector", "divprune", "dynamic_qwen"):
         ours = backbone.prefill(inputs, build(name), 0.2)
         theirs = tiny.prefill(inputs, build(name), 0.2)
         assert torch.equal(ours.kept[0], theirs.kept[0])

@@ -11,23 +11,24 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from local_data import CLIPS, DOCUMENTS, PICTURE, SPLITS, dataset, write_clips, write_task
+from local_data import CLIPS, DOCUMENTS, PICTURE, SERVER, SPLITS, dataset, write_clips, write_mvbench, write_task
 from sweeps import records, sweep
 
 from visionselector_eval.baselines.errors import InputError
 from visionselector_eval.harness import cli
 from visionselector_eval.tasks import binding, data
+from visionselector_eval.tasks.suites import load_suites
 
-# Upstream writes mmbench's answers into a spreadsheet, which refuses control characters; a tiny model may answer some.
-SWEPT = [task for task in DOCUMENTS if not task.startswith("mmbench")]
+SWEPT = [name for name, entry in load_suites().tasks.items() if entry.mirror_of is None]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with every task; tests only read it."""
     folder = tmp_path_factory.mktemp("root")
-    for task in DOCUMENTS:
+    for task in (*DOCUMENTS, *SERVER):
         write_task(folder, task)
+    write_mvbench(folder)
     return folder
 
 
@@ -43,6 +44,7 @@ def chart(root: Path, **changes: Any) -> Path:
 
 
 def test_real_names_run_in_a_sweep(root: Path, tmp_path: Path) -> None:
+    """Every real task that a suite can name, the group mvbench and those for a server among them."""
     run, result = sweep(
         tmp_path / "run",
         methods=["uniform"],
@@ -56,7 +58,10 @@ def test_real_names_run_in_a_sweep(root: Path, tmp_path: Path) -> None:
     assert len(result.done) == 2 * len(SWEPT)
     found = records(run.folder)
     assert {record["task"] for record in found.values()} == set(SWEPT)
-    assert all(record["n_documents"] == 2 and record["total_tokens"] > 0 for record in found.values())
+    assert all(
+        record["n_documents"] == (40 if record["task"] == "mvbench" else 2) and record["total_tokens"] > 0
+        for record in found.values()
+    )
     # The place of the data changes nothing: another copy of the same folder finds every cell done.
     copy = shutil.copytree(root, tmp_path / "elsewhere")
     assert str(root) not in json.dumps([record["settings"] for record in found.values()])

@@ -1,0 +1,257 @@
+"""Backbones of real shapes with random weights: speed and memory need no trained ones.
+
+The shape is built on the meta device, put on the target device empty, and filled there from a seed. The tokenizer and
+the processor are the embedded checkpoint's, whose picture sizes and prompt layout are the family's. Beside the backbone
+stand random weights of the learned methods' scorer and predictor, in their published sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoProcessor, GenerationConfig, Qwen2_5_VLConfig
+
+from visionselector_eval.baselines.errors import InputError, unknown
+from visionselector_eval.models.backbones import ADAPTERS
+from visionselector_eval.models.dynamic_qwen.predictor import MARK, Predictor
+from visionselector_eval.models.tiny import checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from visionselector_eval.models.backbones.base import Backbone
+
+_VISION = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes. `family` is the adapter's name; `text` and `vision` go over the family's config."""
+
+    family: str
+    about: str
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    tied: bool
+
+
+SHAPES: dict[str, Shape] = {
+    "qwen2_5_vl_7b": Shape(
+        "qwen2_5_vl",
+        "Qwen2.5-VL-7B-Instruct",
+        {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+            "max_position_embeddings": 128000,
+            "mrope_section": [16, 24, 24],
+        },
+        _VISION,
+        tied=False,
+    ),
+    "qwen2_5_vl_3b": Shape(
+        "qwen2_5_vl",
+        "Qwen2.5-VL-3B-Instruct",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "max_position_embeddings": 128000,
+            "mrope_section": [16, 24, 24],
+        },
+        _VISION,
+        tied=True,
+    ),
+    "qwen2_5_vl_0_5b": Shape(
+        "qwen2_5_vl",
+        "Qwen2.5-0.5B's LLM with a vision encoder of 44 M parameters; no released checkpoint has it",
+        {
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "max_position_embeddings": 32768,
+            "mrope_section": [8, 12, 12],
+        },
+        {
+            "depth": 12,
+            "hidden_size": 512,
+            "intermediate_size": 1368,
+            "num_heads": 8,
+            "fullatt_block_indexes": [2, 5, 8, 11],
+        },
+        tied=True,
+    ),
+    "qwen2_5_vl_tiny": Shape(
+        "qwen2_5_vl",
+        "the embedded checkpoint's sizes, to try a command",
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 512,
+            "max_position_embeddings": 32768,
+            "mrope_section": [2, 3, 3],
+        },
+        {
+            "depth": 4,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_heads": 4,
+            "fullatt_block_indexes": [1, 3],
+        },
+        tied=True,
+    ),
+}
+# Shapes that people ask for whose family has no adapter yet.
+_WAITING = {"llava_1_5_7b": "llava", "llava_1_5_13b": "llava", "llava_onevision_7b": "llava_onevision"}
+
+
+def shape_named(name: str) -> Shape:
+    """The shape registered under `name`.
+
+    Raises
+    ------
+    InputError: unknown (names the near match), or of a family that has no adapter yet.
+    """
+    if name in _WAITING and name not in SHAPES:
+        raise InputError(
+            f"shape '{name}' can't be built yet: its family '{_WAITING[name]}' has no adapter here; "
+            f"available: {', '.join(sorted(SHAPES))}"
+        )
+    if name not in SHAPES:
+        raise unknown("shape of --random-weights", name, SHAPES)
+    return SHAPES[name]
+
+
+def processor() -> Any:
+    """The embedded checkpoint's processor, which serves every shape."""
+    return AutoProcessor.from_pretrained(str(checkpoint()))
+
+
+def shape_config(shape: Shape, processor: Any) -> Qwen2_5_VLConfig:
+    """The transformers config of a shape, with the token ids of `processor`."""
+    text = dict(shape.text)
+    section = text.pop("mrope_section")
+    tokens = processor.tokenizer
+    ids: dict[str, Any] = {
+        f"{place}_token_id": tokens.convert_tokens_to_ids(f"<|{token}|>")
+        for place, token in (("image", "image_pad"), ("video", "video_pad"))
+    }
+    for edge in ("start", "end"):
+        ids[f"vision_{edge}_token_id"] = tokens.convert_tokens_to_ids(f"<|vision_{edge}|>")
+    common = {"bos_token_id": None, "eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id}
+    return Qwen2_5_VLConfig(
+        text_config={
+            **text,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section},
+            "tie_word_embeddings": shape.tied,
+            **common,
+        },
+        vision_config={
+            **shape.vision,
+            "out_hidden_size": text["hidden_size"],
+            "window_size": 112,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "tokens_per_second": 2,
+        },
+        tie_word_embeddings=shape.tied,
+        **ids,
+        **common,
+    )
+
+
+def fill(model: torch.nn.Module, seed: int) -> None:
+    """Seeded weights in place, on whatever device they are: normal, 1 / sqrt(fan in); norms 1, biases 0.
+
+    The numbers differ between kinds of devices; their size, which keeps activations finite in half precision, does not.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if parameter.ndim == 1:
+                parameter.fill_(1.0 if "norm" in name or "ln_q" in name else 0.0)
+            elif "embed_tokens" in name:
+                parameter.normal_(0.0, 0.25, generator=generator)
+            else:
+                parameter.normal_(0.0, 1 / math.sqrt(math.prod(parameter.shape[1:])), generator=generator)
+
+
+def build_random(
+    name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa", seed: int = 0
+) -> Backbone:
+    """A backbone of the named shape with random weights on `device`.
+
+    Raises
+    ------
+    InputError: unknown shape, or one whose family has no adapter yet.
+    torch.OutOfMemoryError: it does not fit.
+    """
+    shape = shape_named(name)
+    module, _, attribute = ADAPTERS[shape.family].partition(":")
+    adapter = getattr(import_module(module), attribute)
+    front = processor()
+    config = shape_config(shape, front)
+    config._attn_implementation = attention
+    with torch.device("meta"):
+        model = adapter.model_class(config)
+    model = model.to(dtype=dtype).to_empty(device=device)
+    model.tie_weights()
+    for part in model.modules():
+        # Tables that are computed, not loaded, came empty from the meta device; the model's own code fills them.
+        if "RotaryEmbedding" in type(part).__name__:
+            part.inv_freq = part.inv_freq.float()
+            part.original_inv_freq = part.original_inv_freq.float()
+            model._init_weights(part)
+    fill(model, seed)
+    tokens = front.tokenizer
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id
+    )
+    model.requires_grad_(False)
+    return adapter(model, front, id=f"random:{name}", revision=f"seed-{seed}", extra_weights=_learned(config, seed + 1))
+
+
+def _learned(config: Any, seed: int) -> dict[str, Tensor]:
+    """Weights of VisionSelector's scorer and Dynamic-Qwen's predictor in their published sizes, on the CPU."""
+    width = config.text_config.hidden_size
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
+
+    learned = {
+        f"visual.importance_scorer.{part}.{kind}": normal(*size)
+        for part in ("q_proj", "k_proj")
+        for kind, size in (("weight", (width // 2, width)), ("bias", (width // 2,)))
+    }
+    with torch.device("meta"):
+        predictor = Predictor(width)
+    for key, tensor in predictor.state_dict().items():
+        value = normal(*tensor.shape) if tensor.ndim > 1 else torch.full(tensor.shape, float("norm.weight" in key))
+        learned[f"model.{MARK}{key}"] = value
+    return learned

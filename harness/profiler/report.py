@@ -1,0 +1,445 @@
+"""From raw rows to tables: medians, intervals of the ratio to `full`, the ideal, the published harness's summary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tabulate import tabulate
+
+from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.harness.store import write_atomic
+
+from .phases import PHASES
+from .spec import FULL, LIMIT
+from .store import Profile, load_profile
+
+QUANTILES = (0.1, 0.5, 0.9, 0.99)
+_RESAMPLES, _SEED = 2000, 0
+_LEAST_ROUNDS = 6  # with fewer, no 95 % interval of a median exists
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster (smaller) than `full`, with the interval that a repetition falls into 19 times of 20.
+
+    `low` and `high` are nan for fewer than six rounds.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    rounds: int
+
+    def __str__(self) -> str:
+        if math.isnan(self.estimate):
+            return "-"
+        interval = "" if math.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.estimate:.2f}x{interval}"
+
+
+def paired_ratio(full: pd.Series, own: pd.Series) -> Ratio:
+    """Median over rounds of full / own, each round its own pair, with a bootstrap interval.
+
+    The percentile interval (2000 resamples of the rounds) is where the true ratio lies; a second run has an error of
+    its own, so it is widened by the square root of 2: it says where the same measurement lands when it is repeated.
+
+    Parameters
+    ----------
+    full, own: values by round; rounds that only one of them has are left out.
+    """
+    both = pd.concat([full, own], axis=1, join="inner").dropna()
+    values = (both.iloc[:, 0] / both.iloc[:, 1]).to_numpy(dtype=np.float64)
+    values = values[np.isfinite(values)]
+    n = len(values)
+    if n == 0:
+        return Ratio(math.nan, math.nan, math.nan, 0)
+    estimate = float(np.median(values))
+    if n < _LEAST_ROUNDS:
+        return Ratio(estimate, math.nan, math.nan, n)
+    drawn = np.random.default_rng(_SEED).integers(0, n, (_RESAMPLES, n))
+    low, high = np.percentile(np.median(values[drawn], axis=1), [2.5, 97.5])
+    return Ratio(estimate, estimate - math.sqrt(2) * (estimate - low), estimate + math.sqrt(2) * (high - estimate), n)
+
+
+def _by_round(rows: pd.DataFrame, column: str) -> pd.Series:
+    if column not in rows:
+        return pd.Series(dtype="float64")
+    return rows.drop_duplicates("round", keep="last").set_index("round")[column].astype("float64")
+
+
+def _median(rows: pd.DataFrame, column: str) -> float:
+    return float(rows[column].median()) if column in rows and rows[column].notna().any() else math.nan
+
+
+def overhead(rows: pd.DataFrame) -> Ratio:
+    """Latency with marks over latency without, of the same cell in the same round, over all cells."""
+    keys = ["workload", "cell", "round"]
+    if not len(rows):
+        return Ratio(math.nan, math.nan, math.nan, 0)
+    pair = rows[rows["kind"] == "time"].merge(rows[rows["kind"] == "plain"], on=keys, suffixes=("", "_plain"))
+    if not len(pair):
+        return Ratio(math.nan, math.nan, math.nan, 0)
+    return paired_ratio(pair["latency_ms"].reset_index(drop=True), pair["latency_ms_plain"].reset_index(drop=True))
+
+
+def _measure(rows: pd.DataFrame) -> str:
+    """The memory measure of a profile: device memory where there is one."""
+    return "allocated" if "allocated_bytes" in rows and rows["allocated_bytes"].notna().any() else "rss"
+
+
+def summary(profile: Profile) -> pd.DataFrame:
+    """One row for each workload and cell, `full` first, then methods as given, then the limits.
+
+    Columns: workload, cell, role, method, label, options, budget, error, rounds; `<phase>_ms` medians; `ttft_p10` ...
+    `ttft_p99` and the same for `latency` and `decode_token`, in ms; `speedup`, `speedup_low`, `speedup_high` of time to
+    first token and `latency_speedup...`; `of_ideal`; token counts; `kv_mib`, `memory_mib`, `reserved_mib`,
+    `memory_saved`, and `llm_mib`, `llm_saved` of the LLM's phases alone; `joules`, `energy_saved`; `<phase>_gflop`,
+    `prefill_of_ceiling`; `compressor_share` of the full prefill; `published_prefill_ms`, `whole_gib`.
+    """
+    found: list[dict[str, Any]] = []
+    for workload, rows in profile.rows.groupby("workload", sort=False):
+        cells = rows.drop_duplicates("cell")
+        cells = cells.assign(rank=cells["role"].map({FULL: 0, "method": 1, LIMIT: 2}))
+        cells = cells.sort_values(["rank", "number"], kind="stable")
+        full = rows[rows["role"] == FULL]
+        made = [_cell(str(workload), cell, rows, full, profile) for _, cell in cells.iterrows()]
+        found += made
+    return pd.DataFrame(found)
+
+
+def _cell(workload: str, cell: Any, rows: pd.DataFrame, full: pd.DataFrame, profile: Profile) -> dict[str, Any]:
+    own = rows[rows["cell"] == cell["cell"]]
+    time, full_time = own[own["kind"] == "time"], full[full["kind"] == "time"]
+    memory, full_memory = own[own["kind"] == "memory"], full[full["kind"] == "memory"]
+    flops, energy = own[own["kind"] == "flops"], own[own["kind"] == "energy"]
+    line: dict[str, Any] = {"workload": workload, **{k: cell[k] for k in ("cell", "role", "method", "label")}}
+    line |= {"options": cell["options"], "budget": cell["budget"], "rounds": len(time)}
+    broken = own[own["kind"] == "failed"]
+    # A failure of an earlier call does not count once a later one has measured the cell.
+    failed = len(broken) and (time.empty or broken["at"].max() > own[own["kind"] != "failed"]["at"].max())
+    line["error"] = str(broken["error"].iloc[-1]) if failed else ""
+
+    for phase in PHASES:
+        line[f"{phase}_ms"] = _median(time, f"{phase}_ms")
+    if cell["role"] == LIMIT and len(time):
+        time = _for_nothing(time)
+        line["compressor_ms"] = 0.0
+    for name in ("ttft", "latency", "decode_token", "preprocess"):
+        for q in QUANTILES:
+            column = f"{name}_ms"
+            empty = column not in time or not time[column].notna().any()
+            line[f"{name}_p{100 * q:.0f}"] = math.nan if empty else float(time[column].quantile(q))
+    for prefix, column in (("", "ttft_ms"), ("latency_", "latency_ms")):
+        ratio = paired_ratio(_by_round(full_time, column), _by_round(time, column))
+        line |= {f"{prefix}speedup": ratio.estimate, f"{prefix}speedup_low": ratio.low}
+        line |= {f"{prefix}speedup_high": ratio.high}
+    limit = rows[(rows["role"] == LIMIT) & (rows["budget"] == cell["budget"]) & (rows["kind"] == "time")]
+    ideal = paired_ratio(_by_round(_for_nothing(limit), "ttft_ms"), _by_round(time, "ttft_ms"))
+    line["of_ideal"] = ideal.estimate if cell["role"] == "method" else math.nan
+    line["compressor_share"] = line["compressor_ms"] / _median(full_time, "prefill_ms")
+
+    for name in ("visual_before", "visual_after", "visual_layers", "text_tokens", "new_tokens"):
+        line[name] = float(time[name].mean()) if name in time and len(time) else math.nan
+    measure = _measure(profile.rows)
+    line["kv_mib"] = _median(memory, "kv_bytes") / _MIB
+    line["memory_mib"] = _median(memory, f"{measure}_bytes") / _MIB
+    line["reserved_mib"] = _median(memory, "reserved_bytes") / _MIB
+    line["whole_gib"] = float(memory["whole_bytes"].mean()) / 2**30 if "whole_bytes" in memory else math.nan
+    base = _median(full_memory, f"{measure}_bytes")
+    line["memory_saved"] = 1 - _median(memory, f"{measure}_bytes") / base if base else math.nan
+    line["llm_mib"] = _llm_peak(memory, measure) / _MIB
+    llm = _llm_peak(full_memory, measure)
+    line["llm_saved"] = 1 - _llm_peak(memory, measure) / llm if llm else math.nan
+    line["joules"], line["watts"] = _median(energy, "joules"), _median(energy, "watts")
+    line["energy_saved"] = 1 - line["joules"] / _median(full[full["kind"] == "energy"], "joules")
+    for phase in ("vision", "compressor", "prefill", "decode"):
+        line[f"{phase}_gflop"] = _median(flops, f"{phase}_flops") / 1e9
+    line["theory_prefill_gflop"] = _median(flops, "theory_prefill_flops") / 1e9
+    rate = line["prefill_gflop"] * 1e9 / (line["prefill_ms"] / 1000) if line["prefill_ms"] else math.nan
+    line["prefill_of_ceiling"] = rate / profile.about["ceiling_flops"]
+    kernels = flops["attention_kernels"].iloc[-1] if "attention_kernels" in flops and len(flops) else []
+    line["attention_kernels"] = " ".join(str(k).rpartition(".")[2] for k in kernels)
+    published = own[own["kind"] == "published"]
+    line["published_prefill_ms"] = (
+        float(published["published_prefill_ms"].mean()) if "published_prefill_ms" in published else math.nan
+    )
+    line["published_latency_ms"] = float(time["latency_ms"].mean()) if len(time) else math.nan
+    line["layer_lengths"] = _runs(list(time["layer_lengths"].iloc[-1])) if len(time) else ""
+    return line
+
+
+def _llm_peak(memory: pd.DataFrame, measure: str) -> float:
+    """Median peak of the LLM's own phases, where a vision encoder that no method touches does not hide the savings."""
+    columns = [c for p in ("prefill", "setup", "decode") if (c := f"{measure}_{p}_bytes") in memory]
+    return float(memory[columns].max(axis=1).median()) if columns and len(memory) else math.nan
+
+
+def _for_nothing(time: pd.DataFrame) -> pd.DataFrame:
+    """Timed rows of a limit, without its compressor: the whole vision pass, and the LLM over the shorter prompt."""
+    if not len(time):
+        return time
+    spent = time["compressor_ms"]
+    return time.assign(ttft_ms=time["ttft_ms"] - spent, latency_ms=time["latency_ms"] - spent, compressor_ms=0.0)
+
+
+def _runs(lengths: Sequence[int]) -> str:
+    """Tokens entering each layer, equal neighbours together: `311 x2, 107 x26`."""
+    runs: list[list[int]] = []
+    for length in lengths:
+        if runs and runs[-1][0] == int(length):
+            runs[-1][1] += 1
+        else:
+            runs.append([int(length), 1])
+    return ", ".join(f"{length} x{count}" for length, count in runs)
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def _number(value: Any, form: str = ".1f") -> str:
+    return "-" if value is None or (isinstance(value, float) and math.isnan(value)) else format(value, form)
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.0f}%"
+
+
+def _speedup(line: Mapping[str, Any], prefix: str = "") -> str:
+    return str(
+        Ratio(line[f"{prefix}speedup"], line[f"{prefix}speedup_low"], line[f"{prefix}speedup_high"], line["rounds"])
+    )
+
+
+def _remark(line: Mapping[str, Any], full: Mapping[str, Any] | None) -> str:
+    remarks = [line["error"]] if line["error"] else []
+    if line["role"] == LIMIT:
+        remarks.append("ideal: choosing costs nothing")
+    if line["role"] == "method" and "," in line["layer_lengths"]:
+        remarks.append(f"layers: {line['layer_lengths']}")
+    other = line["attention_kernels"]
+    if full is not None and other and full["attention_kernels"] and other != full["attention_kernels"]:
+        remarks.append(f"attention kernel {other}, full has {full['attention_kernels']}")
+    return "; ".join(remarks)
+
+
+def main_table(lines: pd.DataFrame) -> list[dict[str, str]]:
+    """The table of one workload, cells as text."""
+    records = [{str(k): v for k, v in r.items()} for r in lines.to_dict("records")]
+    full = next((r for r in records if r["role"] == FULL), None)
+    table = []
+    for r in records:
+        table.append(
+            {
+                "method": r["label"],
+                "budget": "-" if r["role"] == FULL else r["budget"],
+                "tokens kept": _number(r["visual_after"]),
+                "layer avg": _number(r["visual_layers"]),
+                "first token ms (p10, p90)": f"{_number(r['ttft_p50'])} ({_number(r['ttft_p10'])}, "
+                f"{_number(r['ttft_p90'])})",
+                "speed-up": "1" if r["role"] == FULL else _speedup(r),
+                "of ideal": _percent(r["of_ideal"]),
+                "vision": _number(r["vision_ms"]),
+                "compressor": _number(r["compressor_ms"], ".2f"),
+                "prefill": _number(r["prefill_ms"]),
+                "decode/token": _number(r["decode_token_p50"]),
+                "latency": _number(r["latency_p50"]),
+                "KV MiB": _number(r["kv_mib"]),
+                "peak MiB": _number(r["memory_mib"]),
+                "LLM's": _number(r["llm_mib"]),
+                "saved": "-" if r["role"] == FULL else _percent(r["memory_saved"]),
+                "LLM's saved": "-" if r["role"] == FULL else _percent(r["llm_saved"]),
+                "J": _number(r["joules"]),
+                "remark": _remark(r, full),
+            }
+        )
+    return table
+
+
+def reference_table(lines: pd.DataFrame) -> list[dict[str, str]]:
+    """Memory, prefill, latency and tokens as the published harness prints them: plain means, weights included."""
+    return [
+        {
+            "method": r["label"],
+            "budget": "-" if r["role"] == FULL else r["budget"],
+            "Max memory (GB)": _number(r["whole_gib"], ".2f"),
+            "Prefill (ms)": _number(r["published_prefill_ms"]),
+            "Latency (ms)": _number(r["published_latency_ms"]),
+            "Visual tokens": _number(r["visual_before"], ".0f"),
+            "kept (measured)": _number(r["visual_after"], ".1f"),
+        }
+        for r in ({str(k): v for k, v in r.items()} for r in lines[lines["role"] != LIMIT].to_dict("records"))
+    ]
+
+
+def scaling_table(lines: pd.DataFrame) -> list[dict[str, str]]:
+    """Speed-up of time to first token by number of visual tokens; empty for fewer than two synthetic workloads."""
+    synthetic = lines[lines["workload"].str.startswith("synthetic-")]
+    sizes = sorted({int(name.rpartition("-")[2]) for name in synthetic["workload"]})
+    if len(sizes) < 2:
+        return []
+    table = []
+    for _, group in synthetic.groupby("cell", sort=False):
+        first = group.iloc[0]
+        row = {"method": first["label"], "budget": "-" if first["role"] == FULL else first["budget"]}
+        for n in sizes:
+            of_size = group[group["workload"] == f"synthetic-{n}"]
+            if of_size.empty:
+                row[f"N={n}"] = "-"
+            elif of_size.iloc[0]["error"]:
+                row[f"N={n}"] = str(of_size.iloc[0]["error"])
+            elif first["role"] == FULL:
+                row[f"N={n}"] = f"{_number(of_size.iloc[0]['ttft_p50'])} ms"
+            else:
+                row[f"N={n}"] = _speedup({str(k): v for k, v in of_size.iloc[0].items()})
+        table.append(row)
+    return table
+
+
+def _text(table: Sequence[Mapping[str, str]]) -> str:
+    return tabulate([dict(row) for row in table], headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def notes(profile: Profile) -> list[str]:
+    """What one must know to read the numbers: device, settings, rounds, how memory and energy were read, overhead."""
+    about = profile.about
+    s = about["settings"]
+    cost = overhead(profile.rows)
+    methods = profile.rows["memory_method"].dropna() if "memory_method" in profile.rows else pd.Series(dtype=object)
+    timed = profile.rows[profile.rows["kind"] == "time"].groupby(["workload", "cell"]).size()
+    rounds = int(timed.max()) if len(timed) else 0
+    marks = "not measured" if not cost.rounds else _overhead(cost)
+    return [
+        f"{s['backbone']} ({about['parameters'] / 1e9:.2f} G parameters, {about['weight_bytes'] / 2**30:.2f} GiB), "
+        f"{s['dtype']}, attention {s['attention']}, on {s['device']}, {s['threads']} CPU threads; "
+        f"torch {s['torch']}, transformers {s['transformers']}, this package {s['version']}.",
+        f"{rounds} timed rounds after {about['warmup']} of warm-up, cells in random order within a round, "
+        f"{s['new_tokens']} new tokens forced, clock: {about['clock']}.",
+        "First token = vision + compressor + prefill, medians in ms; speed-up: median over rounds of the ratio to "
+        "`full` in the same round, with the interval that a repetition falls into 19 times of 20 (from six rounds on).",
+        f"Peak: above what stood before the answer ({methods.iloc[-1] if len(methods) else 'not measured'}), weights "
+        "not counted; LLM's: of prefill and decode alone, without the vision encoder. KV: the real cache after the "
+        "prompt.",
+        f"Energy: {about['energy']}. Largest matrix product seen: {about['ceiling_flops'] / 1e9:.0f} GFLOP/s.",
+        f"The profiler's own marks: {marks}.",
+    ]
+
+
+def _overhead(cost: Ratio) -> str:
+    percent = [f"{100 * (x - 1):+.1f} %" for x in (cost.estimate, cost.low, cost.high) if not math.isnan(x)]
+    interval = f" [{percent[1]}, {percent[2]}]" if len(percent) == 3 else ""
+    return f"{percent[0]}{interval} of the latency, from {cost.rounds} answers with and without them"
+
+
+def markdown(profile: Profile, lines: pd.DataFrame) -> str:
+    """The whole report as text."""
+    parts = ["# Profile", "", *(f"- {note}" for note in notes(profile)), ""]
+    for workload, of_workload in lines.groupby("workload", sort=False):
+        parts += [f"## {workload}", "", _text(main_table(of_workload)), ""]
+        parts += [
+            "As the published harness reports it (plain means, weights in the memory, tokens before compression):"
+        ]
+        parts += ["", _text(reference_table(of_workload)), ""]
+    if scaling := scaling_table(lines):
+        parts += ["## Speed-up of the first token by visual tokens", "", _text(scaling), ""]
+    return "\n".join(parts)
+
+
+def write(folder: str | Path) -> str:
+    """Make table.md, table.csv and the plots from a profile's rows alone; returns the text of table.md.
+
+    Raises
+    ------
+    InputError: nothing measured there.
+    """
+    from .plots import draw
+
+    profile = load_profile(folder)
+    lines = summary(profile)
+    text = markdown(profile, lines)
+    write_atomic(profile.folder / "table.md", text)
+    write_atomic(profile.folder / "table.csv", lines.to_csv(index=False))
+    draw(lines, profile.folder / "plots")
+    return text
+
+
+# Comparing two runs ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two profiles of the same cells agree.
+
+    Attributes
+    ----------
+    cells: one row a cell: workload, label, budget, ratio_a, low, high, ratio_b, inside. inside: how many are.
+    different: settings that differ.
+    """
+
+    cells: pd.DataFrame
+    inside: int
+    different: list[str]
+
+    @property
+    def share(self) -> float:
+        """Share of cells whose ratio in B lies in A's interval."""
+        return self.inside / len(self.cells)
+
+    def text(self) -> str:
+        """For people: the cells outside, then the count."""
+        out = self.cells[~self.cells["inside"]]
+        shown = [
+            {
+                "workload": str(r.workload),
+                "method": str(r.label),
+                "budget": str(r.budget),
+                "A": f"{r.ratio_a:.3f}x [{r.low:.3f}, {r.high:.3f}]",
+                "B": f"{r.ratio_b:.3f}x",
+            }
+            for r in out.itertuples()
+        ]
+        parts = [_text(shown), ""] if shown else []
+        if self.different:
+            parts.append(f"the two differ in: {', '.join(self.different)}")
+        parts.append(
+            f"{self.inside} of {len(self.cells)} cells: the ratio to full in B lies in A's interval "
+            f"({100 * self.share:.0f} %)"
+        )
+        return "\n".join(parts)
+
+
+def compare(a: str | Path, b: str | Path) -> Agreement:
+    """For how many cells the speed-up of the first token in B lies within its interval in A.
+
+    Raises
+    ------
+    InputError: nothing measured, no cell in common, no intervals (too few rounds), or another backbone or attention.
+    """
+    one, two = load_profile(a), load_profile(b)
+    mine, theirs = one.about["settings"], two.about["settings"]
+    for key in ("backbone", "attention", "dtype"):
+        if mine.get(key) != theirs.get(key):
+            raise InputError(
+                f"profiles with different {key} can't be compared: {mine.get(key)} in '{a}', {theirs.get(key)} in '{b}'"
+            )
+    columns = ["workload", "cell", "label", "budget", "speedup", "speedup_low", "speedup_high"]
+    first = summary(one).query("role == 'method'")[columns]
+    second = summary(two).query("role == 'method'")[["workload", "cell", "speedup"]]
+    both = first.merge(second, on=["workload", "cell"], suffixes=("_a", "_b")).rename(
+        columns={"speedup_a": "ratio_a", "speedup_b": "ratio_b", "speedup_low": "low", "speedup_high": "high"}
+    )
+    both = both.dropna(subset=["ratio_a", "ratio_b", "low", "high"]).reset_index(drop=True)
+    if both.empty:
+        raise InputError(
+            f"'{a}' and '{b}' have no measured cell in common that has an interval: measure the same cells, "
+            f"with at least {_LEAST_ROUNDS} repeats"
+        )
+    both["inside"] = (both["ratio_b"] >= both["low"]) & (both["ratio_b"] <= both["high"])
+    different = sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k))
+    return Agreement(both, int(both["inside"].sum()), different)

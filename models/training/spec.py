@@ -1,0 +1,245 @@
+"""What a training is: one checked record from flags or YAML. Published hyper-parameters are the defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from visionselector_eval.baselines.budget import Share, parse_budget
+from visionselector_eval.baselines.errors import InputError, unknown
+from visionselector_eval.models.tiny import TINY
+
+# At most 64 tokens a picture: what the published recipe trains with (arXiv 2510.16598).
+_PUBLISHED_PIXELS = {"min_pixels": 784, "max_pixels": 50_176}
+
+
+class TrainSpec(BaseModel):
+    """What both trainings have in common."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    kind: ClassVar[str] = ""
+
+    output: str = Field(default="runs/training", description="folder of the result, and of the checkpoints on the way")
+    pretrained: str = Field(default=TINY, description="frozen backbone: folder, hub id, or `tiny` (embedded)")
+    revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
+    data: list[str] = Field(
+        default_factory=list,
+        description="conversation JSONL files (`image`, `conversations`), or parquet files (`image`, `question`, "
+        "`answer`)",
+    )
+    image_root: str | None = Field(
+        default=None, description="folder that relative image paths start from; by default that of the JSONL file"
+    )
+    image_paths: Literal["relative", "absolute"] = Field(
+        default="relative",
+        description="relative: image paths stay below image_root, others are refused; absolute: only absolute paths",
+    )
+    on_bad_sample: Literal["fail", "skip"] = Field(
+        default="fail",
+        description="a sample that can't be used (unreadable picture, longer than max_length, too few visual tokens): "
+        "stop, or leave it out and count it",
+    )
+    budget: str = Field(default="0.2", description="share of visual tokens to keep while training, or a count (16tok)")
+    upstream_exact: bool = Field(default=False, description="the published implementation's scope and rounding")
+    epochs: float = Field(default=1.0, gt=0, description="passes over the data")
+    max_steps: int | None = Field(default=None, ge=1, description="optimiser steps, instead of epochs")
+    batch_size: int = Field(default=16, ge=1, description="samples of a micro-batch on each device")
+    accumulation: int = Field(default=4, ge=1, description="micro-batches of an optimiser step")
+    learning_rate: float = Field(default=5e-5, gt=0, description="highest learning rate of AdamW")
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        default="cosine", description="course of the learning rate"
+    )
+    warmup: float = Field(default=0.03, ge=0, lt=1, description="share of all steps in which the learning rate rises")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the mean of gradients")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the mean of their squares")
+    epsilon: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
+    clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
+    init: str | None = Field(
+        default=None, description="start from these weights (folder, .safetensors file or hub id), not from random ones"
+    )
+    seed: int = Field(default=42, ge=0, description="of initial weights, order of samples and random decisions")
+    min_pixels: int | None = Field(
+        default=None,
+        ge=1,
+        description="smallest area of a picture; 784 unless given, for `tiny` the checkpoint's own",
+    )
+    max_pixels: int | None = Field(
+        default=None,
+        ge=1,
+        description="largest area of a picture; 50176 (64 tokens) unless given, for `tiny` the checkpoint's own",
+    )
+    max_num_frames: int = Field(default=32, ge=1, description="most frames of a video")
+    system_prompt: str | None = Field(default=None, description="first turn of every conversation")
+    max_length: int | None = Field(
+        default=None, ge=2, description="longest sample in tokens; by default the backbone's context"
+    )
+    padding_side: Literal["left", "right"] = Field(default="left", description="where short samples are padded")
+    device: str = Field(default="auto", description="auto (each process its own CUDA device, else CPU), cpu, cuda")
+    dtype: str = Field(
+        default="auto",
+        description="of the frozen backbone: auto (bfloat16 on CUDA, float32 on CPU), float32, bfloat16, float16; "
+        "what is trained is float32",
+    )
+    attn_implementation: str = Field(default="auto", description="auto, sdpa, eager, flash_attention_2")
+    gradient_checkpointing: bool = Field(
+        default=True, description="compute the LLM's activations again in the backward pass instead of keeping them"
+    )
+    workers: int = Field(default=0, ge=0, description="processes that read samples, for each device")
+    log_steps: int = Field(default=10, ge=1, description="optimiser steps between two lines of the log")
+    save_steps: int = Field(default=100, ge=1, description="optimiser steps between two checkpoints to resume from")
+    keep_checkpoints: int = Field(default=2, ge=1, description="checkpoints that are kept")
+    report_to: list[str] = Field(
+        default=["auto"], description="auto (tensorboard where installed), tensorboard, wandb, none"
+    )
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget(cls, value: Any) -> str:
+        budget = parse_budget(value)
+        if budget == Share(1.0):
+            raise InputError("budget 1.0 keeps every visual token: there is nothing to learn, give less (e.g. 0.2)")
+        return str(budget)
+
+    @field_validator("data", "report_to", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("report_to")
+    @classmethod
+    def _reporters(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in (known := ["auto", "tensorboard", "wandb", "none"]):
+                raise unknown("report_to", name, known)
+        return value
+
+    @model_validator(mode="after")
+    def _whole(self) -> TrainSpec:
+        if not self.data:
+            raise InputError(
+                "training on which data? give --data FILE (conversation JSONL, or parquet with image, question, "
+                "answer); `data mirrors` makes some"
+            )
+        if self.pretrained != TINY:
+            for name, value in _PUBLISHED_PIXELS.items():
+                if name not in self.model_fields_set:
+                    object.__setattr__(self, name, value)
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise InputError(f"pixel bounds {self.min_pixels}..{self.max_pixels} are not usable: give min <= max")
+        return self
+
+    def folder(self) -> Path:
+        """Where the result is written."""
+        return Path(self.output)
+
+    def course(self) -> dict[str, Any]:
+        """The fields that change the weights that come out, as plain data: what a resumed training must share."""
+        free = {"output", "device", "workers", "log_steps", "save_steps", "keep_checkpoints", "report_to"}
+        return {"kind": self.kind, **self.model_dump(exclude=free)}
+
+
+class SelectorSpec(TrainSpec):
+    """Training of VisionSelector's scorer: CE + lambda * BCE(soft top-k, hard top-k), arXiv 2510.16598."""
+
+    kind: ClassVar[str] = "visionselector"
+
+    output: str = Field(default="runs/visionselector", description=TrainSpec.model_fields["output"].description)
+    upstream_exact: bool = Field(
+        default=False,
+        description="score and choose among all pictures of a micro-batch at once, k = int(r * N), as published; "
+        "canonically each picture is a scope of its own",
+    )
+    lambda_start: float = Field(default=0.1, ge=0, description="weight of the mask loss at the first step")
+    lambda_end: float = Field(default=2.0, ge=0, description="weight of the mask loss at the last step, linear between")
+    hidden: int | None = Field(default=None, ge=1, description="size of the scorer's projections; half the width")
+    init_std: float = Field(
+        default=1e-4, gt=0, description="deviation of the initial weights; small, so that every score begins at about 0"
+    )
+
+
+class PredictorSpec(TrainSpec):
+    """Training of Dynamic-Qwen's predictor: CE + weight * (mean keep - r)^2, arXiv 2412.00876."""
+
+    kind: ClassVar[str] = "dynamic-qwen"
+
+    output: str = Field(default="runs/dynamic-qwen", description=TrainSpec.model_fields["output"].description)
+    upstream_exact: bool = Field(
+        default=False,
+        description="judge all pictures of a sample together, and let forbidden keys keep their share of epsilon, as "
+        "published; canonically each picture is judged alone",
+    )
+    batch_size: int = Field(default=8, ge=1, description=TrainSpec.model_fields["batch_size"].description)
+    learning_rate: float = Field(default=2e-4, gt=0, description=TrainSpec.model_fields["learning_rate"].description)
+    tau_start: float = Field(default=1.0, gt=0, description="temperature of the random decisions at the first step")
+    tau_end: float = Field(default=0.1, gt=0, description="temperature at the last step, geometric between")
+    keep_weight: float = Field(default=100.0, ge=0, description="weight of (mean keep - r)^2")
+    keep_mean: Literal["batch", "sample"] = Field(
+        default="batch",
+        description="mean over all tokens of the batch (Dynamic-Qwen) or of each sample (Dynamic-LLaVA)",
+    )
+    layer: int = Field(default=2, ge=1, description="the predictor reads the input of this LLM layer (0-based)")
+    hidden: int = Field(default=512, ge=8, description="size inside the predictor, a multiple of 8")
+    blocks: int = Field(default=2, ge=1, description="transformer blocks of the predictor")
+
+    @field_validator("budget")
+    @classmethod
+    def _share(cls, value: str) -> str:
+        if not isinstance(parse_budget(value), Share):
+            raise InputError(f"budget {value} can't be trained for with dynamic-qwen: give a share, e.g. 0.2")
+        return value
+
+
+SPECS: dict[str, type[TrainSpec]] = {spec.kind: spec for spec in (SelectorSpec, PredictorSpec)}
+
+_Spec = TypeVar("_Spec", bound=TrainSpec)
+
+
+def make_train_spec(kind: type[_Spec], data: Mapping[str, Any]) -> _Spec:
+    """A checked spec from plain data.
+
+    Raises
+    ------
+    InputError: an unknown field (with the nearest existing one) or a wrong value, in one line.
+    """
+    try:
+        return kind.model_validate(dict(data))
+    except ValidationError as error:
+        # A mistyped name first: that something else is wrong is often only its consequence.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        if isinstance(cause := first.get("ctx", {}).get("error"), InputError):
+            raise cause from error
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise unknown("field of the training spec", where, kind.model_fields) from error
+        raise InputError(
+            f"field '{where}' of the training spec: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+        ) from error
+
+
+def load_train_spec(kind: type[_Spec], path: str | Path, overrides: Mapping[str, Any] | None = None) -> _Spec:
+    """Read a spec from YAML; `overrides` (from flags) win.
+
+    Raises
+    ------
+    InputError: missing file, no YAML, unknown field, wrong value.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"spec '{path}' can't be read: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"spec '{path}' is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, Mapping):
+        raise InputError(f"spec '{path}' must be a mapping of fields, e.g. 'learning_rate: 5e-5'")
+    return make_train_spec(kind, {**data, **(overrides or {})})
+
+
+def spec_yaml(spec: TrainSpec) -> str:
+    """The spec as YAML that `load_train_spec` reads back to the same spec."""
+    return yaml.safe_dump(spec.model_dump(), sort_keys=False, allow_unicode=True)

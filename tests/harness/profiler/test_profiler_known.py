@@ -1,0 +1,195 @@
+"""The profiler on a model whose delays and allocations are known; `harness.benchmarks.profiler` is the strict form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from battery import PROMPTS
+
+from visionselector_eval.baselines import build
+from visionselector_eval.baselines.base import ScoreDecoder, Share
+from visionselector_eval.harness.benchmarks import profiler as known
+from visionselector_eval.harness.profiler.measure import Bound, Profiler
+from visionselector_eval.harness.profiler.memory import ResidentMemory, SampledMemory, weight_bytes
+from visionselector_eval.harness.profiler.phases import FIRST_TOKEN, PHASES, PhaseRecorder
+from visionselector_eval.harness.profiler.spec import cell_of
+from visionselector_eval.models.inputs import MediaSettings, build_inputs
+
+CPU = torch.device("cpu")
+
+
+class FakeClock:
+    """Time that only known work moves on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.settled: list[bool] = []
+
+    def mark(self, settle: bool) -> float:
+        self.settled.append(settle)
+        return self.now
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+
+def cell(method: str, role: str = "method") -> Any:
+    return cell_of(role, method, method, {}, "0.25")
+
+
+def test_every_phase_is_reported_exactly() -> None:
+    clock = FakeClock()
+
+    def work(phase: str) -> None:
+        clock.now += known.SECONDS[phase]
+
+    profiler, bound = known.profiler_of(work, CPU, clock)
+    row = profiler.timed(bound, profiler.backbone.inputs(), "document")
+    truth = {**known.true_milliseconds(), "preprocess": None}
+    for phase in PHASES[1:]:
+        assert row[f"{phase}_ms"] == pytest.approx(truth[phase])
+    assert row["ttft_ms"] == pytest.approx(sum(truth[phase] for phase in FIRST_TOKEN))
+    assert row["latency_ms"] == pytest.approx(sum(truth[phase] for phase in PHASES[1:]))
+    assert row["decode_token_ms"] == pytest.approx(1000 * known.SECONDS["decode"])
+    assert (row["new_tokens"], row["visual_before"], row["visual_after"]) == (known.NEW_TOKENS, known.VISUAL, 4)
+    assert row["text_tokens"] == known.TEXT
+    assert row["layer_lengths"] == [known.TEXT + 4] * 2
+    assert all(clock.settled), "the device settles at every border outside the LLM"
+    assert profiler.plain(bound, profiler.backbone.inputs(), "document")["latency_ms"] == pytest.approx(
+        row["latency_ms"]
+    )
+
+
+def test_real_delays_are_at_least_what_they_are() -> None:
+    times, truth = known.measured_milliseconds(2, CPU), known.true_milliseconds()
+    for phase in PHASES:
+        assert times[phase] >= truth[phase] - 0.1, phase
+
+
+def test_hooks_are_gone_afterwards(tiny) -> None:
+    inputs = build_inputs(tiny.processor, PROMPTS["one image"](), MediaSettings())
+    bound = Bound(cell("fastv"), tiny.bind(build("fastv")), Share(0.25))
+    before = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.model.modules()]
+    profiler = Profiler(tiny, 2)
+    profiler.timed(bound, inputs, "document")
+    profiler.memory(bound, inputs, "document")
+    profiler.flops(bound, inputs, "document")
+    with pytest.raises(RuntimeError, match="broken"), PhaseRecorder(None).watching(tiny):
+        raise RuntimeError("broken")
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.model.modules()] == before
+
+
+def test_the_marks_change_no_answer(tiny) -> None:
+    inputs = build_inputs(tiny.processor, PROMPTS["one image"](), MediaSettings())
+    for name in ("divprune", "fastv", "downsample"):
+        bound = Bound(cell(name), tiny.bind(build(name)), Share(0.25))
+        profiler = Profiler(tiny, 3)
+        _, plain = profiler.answer(bound, inputs, "document", None)
+        recorder = PhaseRecorder(FakeClock())
+        with recorder.watching(tiny):
+            _, marked = profiler.answer(bound, inputs, "document", recorder)
+        assert plain.layer_lengths == marked.layer_lengths
+        assert [k.tolist() for k in plain.kept] == [k.tolist() for k in marked.kept]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SlowInside(ScoreDecoder):
+    """Takes known time where it chooses, at two layers of the LLM."""
+
+    name = "slow"
+    clock: FakeClock
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return (1, 2)
+
+    def counts(self, n: int, budget: Any, depth: int, total: int) -> tuple[int, ...]:
+        return (n // 2, n // 4)
+
+    def score(self, view: Any) -> Any:
+        self.clock.now += 0.5
+        return torch.arange(len(view.hidden)).float()
+
+
+def test_a_method_inside_the_llm_interrupts_prefill(tiny) -> None:
+    clock = FakeClock()
+    inputs = tiny.to_device(build_inputs(tiny.processor, PROMPTS["one image"](), MediaSettings()))
+    visual = tiny.visual_totals(inputs)[0]
+    bound = Bound(cell("slow"), SlowInside(clock=clock), Share(0.25))
+    row = Profiler(tiny, 2, clock).timed(bound, inputs, "document")
+    assert row["compressor_ms"] == 1000.0
+    assert row["prefill_ms"] == 0.0
+    assert False in clock.settled, "borders inside the forward do not wait for the device"
+    text = row["text_tokens"]
+    assert row["layer_lengths"] == [text + visual, text + visual // 2, text + visual // 4, text + visual // 4]
+    assert row["visual_layers"] == pytest.approx((visual + visual // 2 + 2 * (visual // 4)) / 4)
+    assert row["visual_after"] == visual // 4
+
+
+def test_the_downsampling_control_pays_for_its_own_smaller_vision_pass(tiny) -> None:
+    seen = []
+
+    class Probe:
+        def begin(self, phase: str) -> None:
+            seen.append(phase)
+
+        def end(self, phase: str) -> None:
+            pass
+
+    inputs = build_inputs(tiny.processor, PROMPTS["one image"](), MediaSettings())
+    recorder = PhaseRecorder(None, [Probe()])
+    with recorder.watching(tiny):
+        Profiler(tiny, 2).answer(
+            Bound(cell("downsample"), tiny.bind(build("downsample")), Share(0.25)), inputs, "d", recorder
+        )
+    shown = [phase for phase in seen if phase in ("vision", "compressor")]
+    assert shown[:2] == ["compressor", "vision"]
+    assert shown.count("vision") == 1
+
+
+# memory ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not ResidentMemory.usable(), reason="the kernel's mark of resident memory can't be reset here")
+def test_known_allocations_are_reported_within_a_mebibyte() -> None:
+    found = known.measured_mib(CPU)
+    for phase, true in known.MIB.items():
+        assert found[phase] == pytest.approx(true, abs=1.0), phase
+
+
+def test_sampled_memory_sees_what_lasts_longer_than_its_interval() -> None:
+    profiler, bound = known.profiler_of(Lingering(), CPU)
+    row = profiler.memory(bound, profiler.backbone.inputs(), "d", probe=lambda _: SampledMemory(0.001))
+    assert row["rss_vision_bytes"] / 2**20 == pytest.approx(known.MIB["vision"], abs=4)
+    assert "every 1 ms" in row["memory_method"]
+
+
+class Lingering:
+    """Holds each phase's allocation for a moment."""
+
+    def __call__(self, phase: str) -> None:
+        import time
+
+        if phase in known.MIB:
+            held = torch.empty(known.MIB[phase] << 20, dtype=torch.uint8).fill_(1)
+            time.sleep(0.03)
+            del held
+
+
+def test_weights_are_counted_once(tiny) -> None:
+    tied = sum(p.numel() * p.element_size() for p in tiny.model.parameters())
+    assert weight_bytes(tiny.model) == pytest.approx(tied, rel=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_known_delays_and_allocations_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    times, truth = known.measured_milliseconds(5, device), known.true_milliseconds()
+    for phase in PHASES:
+        assert times[phase] == pytest.approx(truth[phase], abs=max(2.0, 0.02 * truth[phase])), phase
+    found = known.measured_mib(device)
+    for phase, true in known.MIB.items():
+        assert found[phase] == pytest.approx(true, abs=1.0), phase

@@ -1,0 +1,131 @@
+"""Random weights in real shapes, synthetic pictures, and FLOPs that are counted and computed alike."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from visionselector_eval.baselines import available, build
+from visionselector_eval.baselines.base import Share
+from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.harness.profiler.flops import (
+    matmul_ceiling,
+    theoretical_decode,
+    theoretical_output,
+    theoretical_prefill,
+    theoretical_vision,
+)
+from visionselector_eval.harness.profiler.measure import Bound, Profiler
+from visionselector_eval.harness.profiler.random_weights import SHAPES, build_random, processor, shape_config
+from visionselector_eval.harness.profiler.spec import cell_of
+from visionselector_eval.harness.profiler.workloads import check_length, grid_of, synthetic
+
+
+@pytest.fixture(scope="module")
+def shaped():
+    return build_random("qwen2_5_vl_tiny")
+
+
+# The parameter counts on the released checkpoints' pages; the third is ours.
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("qwen2_5_vl_7b", 8_292_166_656), ("qwen2_5_vl_3b", 3_754_622_976), ("qwen2_5_vl_0_5b", 538_541_376)],
+)
+def test_shapes_have_the_parameters_of_their_models(name, parameters) -> None:
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(shape_config(SHAPES[name], processor()))
+    model.tie_weights()
+    assert model.num_parameters() == parameters
+
+
+def test_random_weights_follow_the_seed_and_stay_finite(shaped) -> None:
+    again, other = build_random("qwen2_5_vl_tiny"), build_random("qwen2_5_vl_tiny", seed=1)
+    mine = shaped.model.state_dict()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in again.model.state_dict().items())
+    assert not all(torch.equal(mine[name], tensor) for name, tensor in other.model.state_dict().items())
+    half = build_random("qwen2_5_vl_tiny", dtype=torch.bfloat16)
+    inputs = synthetic(half.processor, 64).items[0].make()
+    out = half.prefill(inputs, build("full"))
+    assert half.model.dtype == torch.bfloat16
+    assert torch.isfinite(out.logits).all()
+    assert out.logits.std() > 0
+
+
+def test_computed_tables_are_those_of_a_loaded_model(shaped, tiny) -> None:
+    """The embedded checkpoint has the same sizes, and its rotary tables were made by transformers itself."""
+    mine = {name: buffer for name, buffer in shaped.model.named_buffers() if "inv_freq" in name}
+    loaded = {name: buffer for name, buffer in tiny.model.named_buffers() if "inv_freq" in name}
+    assert mine.keys() == loaded.keys()
+    assert all(torch.equal(mine[name], loaded[name]) for name in mine)
+
+
+def test_every_method_runs_on_random_weights(shaped) -> None:
+    inputs = synthetic(shaped.processor, 64).items[0].make()
+    for name in available():
+        out = shaped.prefill(inputs, build(name), budget=0.25)
+        assert out.totals == [64], name
+        assert len(out.kept[0]) == (64 if name == "full" else 16), name
+
+
+@pytest.mark.parametrize(("tokens", "grid"), [(4, (2, 2)), (256, (16, 16)), (16384, (128, 128)), (512, (16, 32))])
+def test_a_synthetic_picture_has_exactly_its_tokens(tokens, grid) -> None:
+    assert grid_of(tokens) == grid
+
+
+@pytest.mark.parametrize("tokens", [16, 40, 256])
+def test_a_synthetic_prompt_has_exactly_its_tokens(shaped, tokens) -> None:
+    workload = synthetic(shaped.processor, tokens)
+    assert shaped.visual_totals(workload.items[0].make()) == [tokens]
+
+
+@pytest.mark.parametrize(("tokens", "near"), [(251, "252"), (1, "4"), (0, "4")])
+def test_a_picture_that_cannot_be_is_refused_with_a_near_one(tokens, near) -> None:
+    with pytest.raises(InputError, match=rf"--synthetic {tokens} .* try {near}"):
+        grid_of(tokens)
+
+
+def test_prompts_longer_than_the_positions_are_refused(shaped) -> None:
+    inputs = {"input_ids": torch.zeros(1, 32768, dtype=torch.int64)}
+    with pytest.raises(InputError, match=re.escape("more than the model's 32768 positions")):
+        check_length(shaped.model.config.get_text_config(), inputs, 1, "synthetic/32768")
+    check_length(shaped.model.config.get_text_config(), inputs, 0, "synthetic/32768")
+
+
+# FLOPs ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["full", "uniform", "fastv", "pyramiddrop"])
+@pytest.mark.parametrize("tokens", [64, 96])
+def test_counted_flops_are_those_of_the_shapes(shaped, method, tokens) -> None:
+    """The LLM's exactly, layer by layer; a method's own ranking counts for the compressor."""
+    inputs = synthetic(shaped.processor, tokens).items[0].make()
+    bound = Bound(cell_of("method", method, method, {}, "0.25"), shaped.bind(build(method)), Share(0.25))
+    profiler = Profiler(shaped, 4)
+    row, timed = profiler.flops(bound, inputs, "d"), profiler.timed(bound, inputs, "d")
+    text = shaped.model.config.get_text_config()
+    layers = theoretical_prefill(text, timed["layer_lengths"])
+    assert row["layer_flops"] == layers
+    assert row["prefill_flops"] == row["theory_prefill_flops"] == sum(layers) + theoretical_output(text)
+    assert row["decode_flops"] == row["theory_decode_flops"] == theoretical_decode(text, timed["layer_lengths"], 4)
+    assert row["vision_flops"] == theoretical_vision(shaped.model.config.vision_config, (1, *grid_of(tokens)))
+    assert (row["compressor_flops"] > 0) == (method in ("fastv", "pyramiddrop"))
+    assert row["attention_kernels"] == ["aten._scaled_dot_product_flash_attention_for_cpu"]
+
+
+def test_the_cache_is_read_not_computed(shaped) -> None:
+    inputs = synthetic(shaped.processor, 64).items[0].make()
+    text = shaped.model.config.get_text_config()
+    for method in ("full", "fastv"):
+        bound = Bound(cell_of("method", method, method, {}, "0.25"), shaped.bind(build(method)), Share(0.25))
+        profiler = Profiler(shaped, 3)
+        memory, timed = profiler.memory(bound, inputs, "d"), profiler.timed(bound, inputs, "d")
+        assert memory["cache_lengths"] == timed["layer_lengths"]
+        head = text.hidden_size // text.num_attention_heads
+        assert memory["kv_bytes"] == 2 * 4 * head * text.num_key_value_heads * sum(timed["layer_lengths"])
+
+
+def test_the_ceiling_is_a_rate() -> None:
+    assert 1e8 < matmul_ceiling(torch.device("cpu"), torch.float32, seconds=0.01) < 1e15
