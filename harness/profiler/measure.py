@@ -26,7 +26,14 @@ from visionselector_eval.baselines.errors import InputError
 from visionselector_eval.harness.environment import cpu_model, environment
 from visionselector_eval.models.generation import generation_arguments
 
-from .flops import FlopProbe, matmul_ceiling, theoretical_decode, theoretical_output, theoretical_prefill
+from .flops import (
+    FlopProbe,
+    matmul_ceiling,
+    theoretical_decode,
+    theoretical_output,
+    theoretical_prefill,
+    theoretical_vision,
+)
 from .memory import MemoryProbe, memory_probe, weight_bytes
 from .nvml import INTERVAL, Nvml, NvmlSampler
 from .phases import FIRST_TOKEN, PHASES, Clock, PhaseRecorder, clock_for
@@ -201,12 +208,14 @@ class Profiler:
         recorder = PhaseRecorder(None, [probe])
         with probe, recorder.watching(self.backbone):
             _, entered = self.answer(bound, inputs, key, recorder)
-        config = self.backbone.model.config.get_text_config()
-        lengths = entered.layer_lengths
+        whole = self.backbone.model.config
+        config, lengths = whole.get_text_config(), entered.layer_lengths
+        same_picture = bound.compressor.stage != "pixels"
         layers = theoretical_prefill(config, lengths)
         return {
             **{f"{phase}_flops": n for phase, n in probe.flops.items()},
             "layer_flops": layers,
+            "theory_vision_flops": vision_flops(whole, inputs) if same_picture else None,
             "theory_prefill_flops": sum(layers) + theoretical_output(config),
             "theory_decode_flops": theoretical_decode(config, lengths, recorder.forwards),
             "attention_kernels": sorted(probe.kernels.get("prefill", ())),
@@ -230,6 +239,16 @@ class Profiler:
             "energy_answers": answers,
             "energy_source": reading.source,
         }
+
+
+def vision_flops(config: Any, inputs: Mapping[str, Any]) -> int | None:
+    """FLOPs that the shape of the vision encoder asks for; None for families whose encoder is not described here."""
+    vision = getattr(config, "vision_config", None)
+    if vision is None or not hasattr(vision, "fullatt_block_indexes"):
+        return None
+    grids = [g for name in ("image_grid_thw", "video_grid_thw") if inputs.get(name) is not None for g in inputs[name]]
+    merge = vision.spatial_merge_size
+    return sum(theoretical_vision(vision, (t, h // merge, w // merge)) for t, h, w in (g.tolist() for g in grids))
 
 
 def about(backbone: Backbone, plan: Plan, dtype: torch.dtype, attention: str, **more: Any) -> dict[str, Any]:

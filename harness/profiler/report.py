@@ -101,7 +101,8 @@ def summary(profile: Profile) -> pd.DataFrame:
     `ttft_p99` and the same for `latency` and `decode_token`, in ms; `speedup`, `speedup_low`, `speedup_high` of time to
     first token and `latency_speedup...`; `of_ideal`; token counts; `kv_mib`, `memory_mib`, `reserved_mib`,
     `memory_saved`, and `llm_mib`, `llm_saved` of the LLM's phases alone; `joules`, `energy_saved`; `<phase>_gflop`,
-    `prefill_of_ceiling`; `compressor_share` of the full prefill; `published_prefill_ms`, `whole_gib`.
+    `theory_<phase>_gflop`, `<phase>_of_ceiling`; `compressor_share` of the full prefill; `published_prefill_ms`,
+    `whole_gib`.
     """
     found: list[dict[str, Any]] = []
     for workload, rows in profile.rows.groupby("workload", sort=False):
@@ -161,9 +162,11 @@ def _cell(workload: str, cell: Any, rows: pd.DataFrame, full: pd.DataFrame, prof
     line["energy_saved"] = 1 - line["joules"] / _median(full[full["kind"] == "energy"], "joules")
     for phase in ("vision", "compressor", "prefill", "decode"):
         line[f"{phase}_gflop"] = _median(flops, f"{phase}_flops") / 1e9
-    line["theory_prefill_gflop"] = _median(flops, "theory_prefill_flops") / 1e9
-    rate = line["prefill_gflop"] * 1e9 / (line["prefill_ms"] / 1000) if line["prefill_ms"] else math.nan
-    line["prefill_of_ceiling"] = rate / profile.about["ceiling_flops"]
+    for phase in ("vision", "prefill", "decode"):
+        line[f"theory_{phase}_gflop"] = _median(flops, f"theory_{phase}_flops") / 1e9
+        seconds = line[f"{phase}_ms"] / 1000
+        rate = 1e9 * line[f"{phase}_gflop"] / seconds if seconds else math.nan
+        line[f"{phase}_of_ceiling"] = rate / profile.about["ceiling_flops"]
     kernels = flops["attention_kernels"].iloc[-1] if "attention_kernels" in flops and len(flops) else []
     line["attention_kernels"] = " ".join(str(k).rpartition(".")[2] for k in kernels)
     published = own[own["kind"] == "published"]

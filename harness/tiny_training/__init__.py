@@ -1,0 +1,1 @@
+"""How the embedded checkpoint is trained from nothing: `train tiny`."""
