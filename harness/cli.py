@@ -726,6 +726,7 @@ def _train_parser() -> _Parser:
             "train visionselector --pretrained Qwen/Qwen2.5-VL-7B-Instruct --data chartqa.jsonl ocr_vqa.jsonl "
             "--image-root images --output runs/scorer",
             "train visionselector --spec tiny.yaml --dry-run",
+            "train tiny --output runs/tiny",
             "train dynamic-qwen --data train.jsonl --hidden 64 --batch-size 8 --accumulation 1 --max-steps 200",
         ),
     )

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visionselector_eval.baselines.errors import InputError, unknown
-from visionselector_eval.models.training.spec import SPECS, TrainSpec, load_train_spec, make_train_spec
+from visionselector_eval.models.training.spec import SPECS, load_train_spec, make_train_spec
+
+from .tiny_training.spec import TinySpec
 
 if TYPE_CHECKING:
     from visionselector_eval.models.training.trainer import Plan
+
+KINDS: dict[str, Any] = {**SPECS, TinySpec.kind: TinySpec}
+"""What can be trained, and the settings of each."""
 
 DATA_ACTIONS = ("mirrors", "prepare-cambrian")
 _MIRRORS = {"tasks", "documents"}
@@ -24,19 +29,19 @@ _CAMBRIAN = {"file", "image_root", "coco_share"}
 
 def add_train_flags(parser: argparse.ArgumentParser, flag_type: Callable[[Any], Callable[[str], Any]]) -> None:
     """One flag for each field of the training specs, so that flags and YAML can't come to differ."""
-    parser.add_argument("what", metavar="|".join(SPECS), help="what is trained")
+    parser.add_argument("what", metavar="|".join(KINDS), help="what is trained")
     parser.add_argument("--spec", metavar="FILE", help="YAML with the fields below; flags win over it")
     parser.add_argument("--dry-run", action="store_true", help="check everything and say what would run; train nothing")
     parser.add_argument("--overwrite", action="store_true", help="forget the training that the output folder holds")
-    names = dict.fromkeys(name for spec in SPECS.values() for name in spec.model_fields)
+    names = dict.fromkeys(name for spec in KINDS.values() for name in spec.model_fields)
     for name in names:
-        owners = {kind: spec.model_fields[name] for kind, spec in SPECS.items() if name in spec.model_fields}
+        owners = {kind: spec.model_fields[name] for kind, spec in KINDS.items() if name in spec.model_fields}
         info = next(iter(owners.values()))
         defaults = {kind: shown_default(field) for kind, field in owners.items()}
         shown = next(iter(defaults.values()))
         if len(set(defaults.values())) > 1:
             shown = ", ".join(f"{value} for {kind}" for kind, value in defaults.items())
-        only = f"; {next(iter(owners))} only" if len(owners) < len(SPECS) else ""
+        only = f"; {' and '.join(owners)} only" if not set(SPECS) <= set(owners) else ""
         text = f"{info.description}{f' (default: {shown})' if shown else ''}{only}".replace("%", "%%")
         many = typing.get_origin(info.annotation) is list
         parser.add_argument(
@@ -56,17 +61,17 @@ def shown_default(field: Any) -> str:
     return " ".join(map(str, default)) if isinstance(default, list) else str(default)
 
 
-def spec_of(arguments: argparse.Namespace) -> TrainSpec:
+def spec_of(arguments: argparse.Namespace) -> Any:
     """The checked spec that flags and a YAML file make together.
 
     Raises
     ------
     InputError: an unknown kind, a flag of the other kind, a value that can't be used.
     """
-    if arguments.what not in SPECS:
-        raise unknown("training", arguments.what, SPECS)
-    kind = SPECS[arguments.what]
-    names = {name for spec in SPECS.values() for name in spec.model_fields}
+    if arguments.what not in KINDS:
+        raise unknown("training", arguments.what, KINDS)
+    kind = KINDS[arguments.what]
+    names = {name for spec in KINDS.values() for name in spec.model_fields}
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     for name in sorted(set(given) - set(kind.model_fields)):
         raise InputError(f"--{name.replace('_', '-')} is no setting of `train {arguments.what}`")
@@ -76,6 +81,8 @@ def spec_of(arguments: argparse.Namespace) -> TrainSpec:
 def run_train(arguments: argparse.Namespace) -> str:
     """Train; returns what to print (nothing in other processes than the first)."""
     spec = spec_of(arguments)
+    if isinstance(spec, TinySpec):
+        return _run_tiny(spec, arguments)
     from visionselector_eval.models.training.trainer import Plan, train
 
     with TrainScreen() as screen:
@@ -95,6 +102,16 @@ def run_train(arguments: argparse.Namespace) -> str:
     names = ("loss", "loss_language", "loss_mask", "loss_keep", "mask_entropy", "kept_share")
     last = ", ".join(f"{name} {made.metrics[name]:.4g}" for name in names if name in made.metrics)
     return f"{made.steps} steps; last: {last}\n{arguments.what} weights: {made.folder}"
+
+
+def _run_tiny(spec: TinySpec, arguments: argparse.Namespace) -> str:
+    if arguments.dry_run:
+        return f"stages {', '.join(spec.stages)} into {spec.output}"
+    from .tiny_training.command import train_tiny
+
+    with TrainScreen() as screen:
+        folder = train_tiny(spec, screen.steps, overwrite=arguments.overwrite)
+    return f"checkpoint: {folder}"
 
 
 def describe(plan: Plan) -> str:
@@ -131,6 +148,7 @@ class TrainScreen:
             console=self._console,
         )
         self._task: Any = None
+        self._stage = ""
 
     def __enter__(self) -> TrainScreen:
         return self
@@ -142,6 +160,16 @@ class TrainScreen:
     def announce(self, plan: Plan) -> None:
         """Say what begins."""
         self._console.print(describe(plan), markup=False, highlight=False, soft_wrap=True)
+
+    def steps(self, stage: str, done: int, total: int) -> None:
+        """Show how far a stage has come."""
+        if self._console.is_terminal:
+            if self._task is None or self._stage != stage:
+                self._task, self._stage = self._bar.add_task(stage, total=total), stage
+                self._bar.start()
+            self._bar.update(self._task, completed=done)
+        elif done % 100 == 0 or done == total:
+            self._console.print(f"{stage}: step {done} of {total}", markup=False, highlight=False, soft_wrap=True)
 
     def callback(self) -> Any:
         """A callback of transformers that feeds the screen."""

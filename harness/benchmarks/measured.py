@@ -123,7 +123,7 @@ def readme(folder: Path, command: str, on_gpu: bool) -> str:
     lines = [
         f"# {folder.name}",
         "",
-        "Made with",
+        "The last call (the settings of each shape are in its spec.yaml):",
         "",
         "```",
         command,

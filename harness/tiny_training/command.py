@@ -7,49 +7,44 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from transformers import TrainerCallback
 
+from visionselector_eval.baselines.errors import InputError
 from visionselector_eval.harness.tiny_training.batches import KINDS, TRAIN_SEED
 from visionselector_eval.harness.tiny_training.batches import STAGES as BACKBONE_STAGES
-from visionselector_eval.harness.tiny_training.checkpoint import write_checkpoint
-from visionselector_eval.harness.tiny_training.network import Network
-from visionselector_eval.harness.tiny_training.stages import STEPS, evaluate, train_stage, trained
+from visionselector_eval.harness.tiny_training.checkpoint import finish_checkpoint, write_checkpoint
+from visionselector_eval.harness.tiny_training.network import IMAGE_PROCESSOR, Network
+from visionselector_eval.harness.tiny_training.spec import STAGES, Stage, TinySpec
+from visionselector_eval.harness.tiny_training.stages import evaluate, train_stage, trained
 from visionselector_eval.harness.training_data import write_mirrors
 from visionselector_eval.models.training.export import export_checkpoint
 from visionselector_eval.models.training.spec import PredictorSpec, SelectorSpec, make_train_spec
 from visionselector_eval.models.training.trainer import train
 
-Stage = Literal["vision", "language", "joint", "data", "scorer", "predictor", "checkpoint", "evaluate"]
-STAGES: tuple[Stage, ...] = ("vision", "language", "joint", "data", "scorer", "predictor", "checkpoint", "evaluate")
-
-# What the learned parts are trained with: the published settings but for the size of a step, which fits a backbone of
-# this width, and the number of samples.
-SCORER: dict[str, Any] = {"learning_rate": 3e-3, "batch_size": 16, "accumulation": 1, "init_std": 0.02}
-PREDICTOR: dict[str, Any] = {"learning_rate": 1e-3, "batch_size": 16, "accumulation": 1, "hidden": 48}
-
-
-class TinySpec(BaseModel):
-    """Training of the embedded checkpoint."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    kind: ClassVar[str] = "tiny"
-
-    output: str = Field(default="runs/tiny", description="folder of the result; a training there goes on")
-    stages: list[Stage] = Field(default=list(STAGES), description=f"some of {', '.join(STAGES)}; run in this order")
-    seed: int = Field(default=0, ge=0, description="of initial weights, order of samples and random decisions")
-    vision_steps: int = Field(default=STEPS["vision"], ge=1, description="steps of stage vision")
-    language_steps: int = Field(default=STEPS["language"], ge=1, description="steps of stage language")
-    joint_steps: int = Field(default=STEPS["joint"], ge=1, description="steps of stage joint")
-    learned_steps: int = Field(default=400, ge=1, description="steps of the stages scorer and predictor")
-    documents: int = Field(default=1000, ge=2, description="documents a benchmark that scorer and predictor learn from")
-    check: int = Field(default=500, ge=1, description="documents a benchmark that stage evaluate asks")
-
+# What the learned parts are trained with: the published settings but for what a backbone of this width needs. A tenth
+# of its 64 to 144 visual tokens is as many as a document has fields, so that is what they learn to choose.
+LEARNED: dict[str, Any] = {
+    "budget": "0.1",
+    "learning_rate": 1e-3,
+    "batch_size": 16,
+    "accumulation": 1,
+    "gradient_checkpointing": False,
+    "report_to": ["none"],
+}
+HIDDEN = 48  # of the predictor
 
 Told = Callable[[str, int, int], None]
+
+
+class _Told(TrainerCallback):
+    def __init__(self, stage: str, told: Told) -> None:
+        self._stage, self._told = stage, told
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._told(self._stage, state.global_step, state.max_steps)
 
 
 @contextmanager
@@ -62,20 +57,40 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def train_tiny(spec: TinySpec, told: Told | None = None) -> Path:
+def train_tiny(spec: TinySpec, told: Told | None = None, overwrite: bool = False) -> Path:
     """Run the stages that are not finished yet; the folder of the checkpoint.
 
     Parameters
     ----------
-    told: of the stage, the steps done and the steps it has.
+    told: of the stage, the steps done and the steps it has. overwrite: forget what the folder holds.
+
+    Raises
+    ------
+    InputError: a folder that can't be written, or that holds a training with other settings.
     """
     work = Path(spec.output)
-    work.mkdir(parents=True, exist_ok=True)
+    _begin(spec, work, overwrite)
     for stage in STAGES:
         if stage in spec.stages:
             with _one_thread():
                 _run(stage, spec, work, told)
     return work / "checkpoint"
+
+
+def _begin(spec: TinySpec, work: Path, overwrite: bool) -> None:
+    settings = json.dumps(spec.model_dump(exclude={"output", "stages", "check"}), indent=1) + "\n"
+    note = work / "tiny.json"
+    try:
+        if overwrite and note.is_file():
+            shutil.rmtree(work)
+        if work.is_dir() and any(work.iterdir()) and not note.is_file():
+            raise InputError(f"output '{work}' holds something else: give a new or empty folder")
+        work.mkdir(parents=True, exist_ok=True)
+        if note.is_file() and note.read_text() != settings:
+            raise InputError(f"'{work}' holds a training with other settings: give another output, or --overwrite")
+        note.write_text(settings)
+    except OSError as error:
+        raise InputError(f"output '{work}' can't be written: {error.strerror or error}") from error
 
 
 def _run(stage: Stage, spec: TinySpec, work: Path, told: Told | None) -> None:
@@ -89,26 +104,42 @@ def _run(stage: Stage, spec: TinySpec, work: Path, told: Told | None) -> None:
             shutil.rmtree(work / "data", ignore_errors=True)
             write_mirrors(KINDS, work / "data", seed=TRAIN_SEED + 7, documents=spec.documents)
     elif stage in ("scorer", "predictor"):
-        train(make_train_spec(*_learned(stage, spec, work)))
-    elif stage == "checkpoint":
-        shutil.rmtree(work / "with-scorer", ignore_errors=True)
-        shutil.rmtree(work / "checkpoint", ignore_errors=True)
-        export_checkpoint(work / "scorer", work / "with-scorer", str(work / "backbone"))
-        export_checkpoint(work / "predictor", work / "checkpoint", str(work / "with-scorer"))
-    else:
+        callback = told and _Told(stage, told)
+        train(make_train_spec(*_learned(stage, spec, work)), callbacks=[callback] if callback else [])
+    elif stage == "evaluate":
         net = Network(trained(work, spec.seed))
         figures = {"asked": evaluate(net, spec.check), "other": evaluate(net, min(spec.check, 200), asked=False)}
         (work / "evaluate.json").write_text(json.dumps(figures, indent=1) + "\n")
+    else:
+        assemble(work)
+
+
+def assemble(work: Path, note: str = "") -> Path:
+    """Put backbone, scorer and predictor of a work folder into its folder `checkpoint`, with card and log.
+
+    `note` goes into the card: what was not as `train tiny` does it.
+    """
+    folder = work / "checkpoint"
+    for path in (work / "with-scorer", folder):
+        shutil.rmtree(path, ignore_errors=True)
+    export_checkpoint(work / "scorer", work / "with-scorer", str(work / "backbone"))
+    export_checkpoint(work / "predictor", folder, str(work / "with-scorer"))
+    shutil.rmtree(work / "with-scorer")
+    logs = {stage: work / f"{stage}.jsonl" for stage in BACKBONE_STAGES}
+    logs |= {stage: work / stage / "log.jsonl" for stage in ("scorer", "predictor")}
+    finish_checkpoint(folder, logs, work / "evaluate.json", note)
+    return folder
 
 
 def _learned(stage: str, spec: TinySpec, work: Path) -> tuple[Any, dict[str, Any]]:
     common = {
         "pretrained": str(work / "backbone"),
+        "min_pixels": IMAGE_PROCESSOR["min_pixels"],
+        "max_pixels": IMAGE_PROCESSOR["max_pixels"],
         "data": str(work / "data" / "train.jsonl"),
         "output": str(work / stage),
         "max_steps": spec.learned_steps,
         "seed": 42 + spec.seed,
-        "gradient_checkpointing": False,
-        "report_to": ["none"],
+        **LEARNED,
     }
-    return (SelectorSpec, {**common, **SCORER}) if stage == "scorer" else (PredictorSpec, {**common, **PREDICTOR})
+    return (SelectorSpec, common) if stage == "scorer" else (PredictorSpec, {**common, "hidden": HIDDEN})

@@ -25,7 +25,6 @@ from visionselector_eval.harness.tiny_training.optimiser import Muon
 
 log = logging.getLogger(__name__)
 
-STEPS = {"vision": 1000, "language": 2400, "joint": 500}
 RATE = {"vision": 6e-3, "language": 4e-3, "joint": 2.5e-3}
 BATCH = {"vision": 16, "language": 10, "joint": 16}
 GUIDE = 0.3  # weight of the losses that show some heads where to look

@@ -21,7 +21,7 @@ from visionselector_eval.models.inputs import MediaSettings, build_inputs
 from visionselector_eval.models.tiny import checkpoint
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "repetition_penalty": 1.0}
-DEPTH = 4
+DEPTH, WIDTH = 6, 192  # of the embedded checkpoint
 
 
 def inputs_for(backbone, conversations):
@@ -175,7 +175,7 @@ def test_hooked_run_equals_one_by_hand(method, case, attention, request, tiny_ea
 def tiny_predictor(seed=0, **options):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        predictor = Predictor(64, **{"hidden": 16, **options}).eval()
+        predictor = Predictor(WIDTH, **{"hidden": 16, **options}).eval()
         for parameter in predictor.parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[1] ** 0.5)
@@ -278,7 +278,7 @@ def test_cache_holds_each_layers_own_length(case, attention, request):
     lengths = pruning.outcome().layer_lengths
     assert [layer.get_seq_length() for layer in output.past_key_values.layers] == [n + 3 for n in lengths]
     assert lengths == sorted(lengths, reverse=True)
-    assert len(set(lengths)) == DEPTH
+    assert len(set(lengths)) == 4  # its stages
 
 
 @pytest.mark.parametrize("case", PROMPTS)
@@ -356,9 +356,9 @@ def test_hooks_are_gone_after_an_error(tiny, method, error, says):
     assert torch.equal(tiny.model.generate(**inputs, **GREEDY), before)
 
 
-@pytest.mark.parametrize("at", [(), (0,), (0, 2), (2, 1), (2, 2), (4,), (-1,)])
+@pytest.mark.parametrize("at", [(), (0,), (0, 2), (2, 1), (2, 2), (DEPTH,), (-1,)])
 def test_layers_outside_the_llm_are_refused(tiny, at):
-    with pytest.raises(InputError, match="give layers from 1 to 3"):
+    with pytest.raises(InputError, match=f"give layers from 1 to {DEPTH - 1}"):
         tiny.bind(EveryOther(at=at))
 
 
@@ -491,7 +491,7 @@ def test_the_view_agrees_with_the_maps_that_eager_attention_writes_out(tiny_eage
             some, everything, keys = seen[layer]
             assert same_tensor(some, maps[layer][[-1, 5]].mean(0), 1e-6)
             assert same_tensor(everything, maps[layer].mean(0), 1e-6)
-            assert keys.shape == (hand.size, 32)
+            assert keys.shape == (hand.size, 64)
         assert same_tensor(seen["final"], hand.core.norm(before)[0], 1e-6)
 
 
@@ -566,18 +566,18 @@ def test_dynamic_qwen_says_what_its_weights_lack(tiny, tmp_path):
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(b"torn")
     for method, says in (
-        (DynamicQwen(predictor=Predictor(24, 16)), "has width 24 but backbone tiny has 64"),
+        (DynamicQwen(predictor=Predictor(24, 16)), f"has width 24 but backbone tiny has {WIDTH}"),
         (DynamicQwen(predictor=str(tmp_path / "nowhere")), "does not exist"),
         (DynamicQwen(predictor=str(empty)), "holds no predictor"),
         (DynamicQwen(predictor="nobody/nothing"), "the hub gives no weights of that id"),
         (DynamicQwen(predictor=str(torn)), "cannot be read"),
-        (DynamicQwen(predictor=tiny_predictor(), layer=4), "give layers from 1 to 3"),
+        (DynamicQwen(predictor=tiny_predictor(), layer=DEPTH), f"give layers from 1 to {DEPTH - 1}"),
     ):
         with pytest.raises(InputError, match=says) as error:
             tiny.prefill(inputs, method, 0.3)
         assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="needs predictor weights: checkpoint org/stock has no image_score_predictor"):
-        DynamicQwen().bind(Host(id="org/stock", width=64, depth=DEPTH, extra_weights={"visual.x": torch.zeros(1)}))
+        DynamicQwen().bind(Host(id="org/stock", width=WIDTH, depth=DEPTH, extra_weights={"visual.x": torch.zeros(1)}))
     for options in ({"predictor": ""}, {"predictor": 3}, {"layer": 0}):
         with pytest.raises(InputError, match=next(iter(options))):
             DynamicQwen(**options)
@@ -616,7 +616,7 @@ def test_a_predictor_of_other_names_is_read_by_its_shapes(style, sizes):
     predictor = tiny_predictor(1, **sizes)
     state = {renamed(name, STYLES[style]): tensor for name, tensor in predictor.state_dict().items()}
     read = Predictor.from_state({f"a.image_score_predictor.{name}": t for name, t in reversed(state.items())})
-    states = torch.randn(9, 64)
+    states = torch.randn(9, WIDTH)
     assert torch.equal(read(states), predictor(states))
 
 
@@ -629,7 +629,7 @@ def test_a_predictor_with_q_k_and_v_apart():
                 state[renamed(name, STYLES["dynamic_vit"]).replace("qkv", f"to_{letter}")] = part
         else:
             state[renamed(name, STYLES["dynamic_vit"])] = tensor
-    states = torch.randn(9, 64)
+    states = torch.randn(9, WIDTH)
     assert torch.equal(Predictor.from_state(state)(states), predictor(states))
 
 
@@ -672,8 +672,8 @@ def test_the_split_says_what_the_first_method_leaves(tiny):
     text = inputs["input_ids"].shape[1] - 80
     for split, between in ((0.5, 40), (0.25, 56), (0.75, 28)):
         out = tiny.prefill(inputs, build("divprune+fastv", split=split), 0.25)
-        assert [n - text for n in out.layer_lengths] == [between, between, 20, 20]
-        assert out.layer_tokens == [(between + 20) / 2]
+        assert [n - text for n in out.layer_lengths] == [between, between, *[20] * (DEPTH - 2)]
+        assert out.layer_tokens == pytest.approx([(2 * between + 20 * (DEPTH - 2)) / DEPTH])
     first = tiny.prefill(inputs, build("divprune"), 0.5).kept[0]
     assert bool(torch.isin(tiny.prefill(inputs, build("divprune+fastv"), 0.25).kept[0], first).all())
 
@@ -723,10 +723,14 @@ def test_answers_report_what_entered_the_layers(tiny):
     batch = answerer.prepare(requests, settings)
     fastv, divprune, both = (answerer.answer(batch, setting) for setting in settings)
     counts = [20, 5 + 4, 0]
+
+    def mean(first, later):  # two layers see `first` tokens, the others `later`
+        return pytest.approx((2 * first + (DEPTH - 2) * later) / DEPTH)
+
     for answers in (fastv, divprune, both):
         assert [a.kept_tokens for a in answers] == counts
         assert [a.total_tokens for a in answers] == [80, 36, 0]
-    assert [a.layer_tokens for a in fastv] == [50, (36 + 9) / 2, 0]
+    assert [a.layer_tokens for a in fastv] == [mean(80, 20), mean(36, 9), 0]
     assert [a.layer_tokens for a in divprune] == counts
-    assert [a.layer_tokens for a in both] == [30, ((10 + 8) + 9) / 2, 0]
+    assert [a.layer_tokens for a in both] == [mean(40, 20), mean(10 + 8, 9), 0]
     assert [a.prompt_tokens - a.total_tokens for a in fastv] == [a.prompt_tokens - a.kept_tokens for a in divprune]

@@ -161,24 +161,25 @@ def test_traces_come_back_in_raster_order(tiny):
     from transformers.vision_utils import get_vision_window_index
 
     index, _ = get_vision_window_index(inputs["image_grid_thw"], 2, 112, 14)
-    q, k, _ = visual.blocks[-1].attn.qkv(seen["hidden"]).reshape(len(seen["hidden"]), 3, 4, -1).unbind(1)
+    heads, size_of = visual.blocks[-1].attn.num_heads, visual.blocks[-1].attn.head_dim
+    q, k, _ = visual.blocks[-1].attn.qkv(seen["hidden"]).reshape(len(seen["hidden"]), 3, heads, -1).unbind(1)
     q, k = apply_rotary_pos_emb_vision(q, k, *seen["rope"])
     sizes = inputs["image_grid_thw"].prod(1).tolist()
     naive, start = [], 0
     for size in sizes:
         rows = slice(start, start + size)
-        naive.append((torch.einsum("qhd,khd->hqk", q[rows], k[rows]) * 16**-0.5).softmax(-1).mean(0).sum(0))
+        naive.append((torch.einsum("qhd,khd->hqk", q[rows], k[rows]) * size_of**-0.5).softmax(-1).mean(0).sum(0))
         start += size
     raster = torch.cat(naive).view(-1, 4).mean(1)[torch.argsort(index)]
-    keys = k.view(len(index), 4, 4, -1).mean((1, 2))[torch.argsort(index)]
+    keys = k.view(len(index), 4, heads, -1).mean((1, 2))[torch.argsort(index)]
     got = torch.cat([item.trace.received for item in encoded.rows[0]])
-    assert torch.allclose(got, raster, atol=1e-5)
+    assert torch.allclose(got, raster, rtol=1e-4, atol=1e-5)
     assert torch.allclose(torch.cat([item.trace.keys for item in encoded.rows[0]]), keys, atol=1e-5)
 
 
 def test_prompts_that_do_not_fit_their_pictures_are_refused(tiny):
     inputs = build_inputs(tiny.processor, [user(picture(112, 112), "What?")], MediaSettings())
-    cut_short = {**inputs, "input_ids": inputs["input_ids"][:, 60:], "attention_mask": inputs["attention_mask"][:, 60:]}
+    cut_short = {**inputs, "input_ids": inputs["input_ids"][:, 12:], "attention_mask": inputs["attention_mask"][:, 12:]}
     ids = inputs["input_ids"].clone()
     ids[ids == tiny.model.config.image_token_id] = 5
     right = {**inputs, "attention_mask": torch.cat([inputs["attention_mask"][:, 1:], torch.zeros(1, 1).long()], 1)}

@@ -98,12 +98,12 @@ def test_answers_do_not_depend_on_the_batch_size(method, model_class, tiny):
 
 def test_one_model_serves_several_evaluations(model_class, tiny):
     model = model_class(backbone=tiny, method="visionzip", budget=0.3, batch_size=2, protocol="checkpoint")
-    first, other, again = evaluate(model, [IMAGES]), evaluate(model, ["tiny_pope"]), evaluate(model, [IMAGES])
+    first, other, again = evaluate(model, [IMAGES]), evaluate(model, ["tiny_pope"], limit=16), evaluate(model, [IMAGES])
     assert texts(first[IMAGES]) == texts(again[IMAGES])
     assert len(set(texts(other["tiny_pope"]))) > 1
     both = evaluate(model, [IMAGES, "tiny_pope"])
     assert texts(both[IMAGES]) == texts(first[IMAGES])
-    assert texts(both["tiny_pope"]) == texts(other["tiny_pope"])
+    assert texts(both["tiny_pope"]) == texts(other["tiny_pope"])[: len(both["tiny_pope"])]
 
 
 def test_a_video_task_counts_the_tokens_of_all_frames(model_class, tiny):

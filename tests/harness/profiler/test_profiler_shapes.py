@@ -110,7 +110,11 @@ def test_counted_flops_are_those_of_the_shapes(shaped, method, tokens) -> None:
     assert row["layer_flops"] == layers
     assert row["prefill_flops"] == row["theory_prefill_flops"] == sum(layers) + theoretical_output(text)
     assert row["decode_flops"] == row["theory_decode_flops"] == theoretical_decode(text, timed["layer_lengths"], 4)
-    assert row["vision_flops"] == row["theory_vision_flops"] == theoretical_vision(shaped.model.config.vision_config, (1, *grid_of(tokens)))
+    assert (
+        row["vision_flops"]
+        == row["theory_vision_flops"]
+        == theoretical_vision(shaped.model.config.vision_config, (1, *grid_of(tokens)))
+    )
     assert (row["compressor_flops"] > 0) == (method in ("fastv", "pyramiddrop"))
     assert row["attention_kernels"] == ["aten._scaled_dot_product_flash_attention_for_cpu"]
 
