@@ -102,7 +102,7 @@ SHAPES: dict[str, Shape] = {
     ),
     "qwen2_5_vl_tiny": Shape(
         "qwen2_5_vl",
-        "the embedded checkpoint's sizes, to try a command",
+        "half a million parameters, to try a command",
         {
             "hidden_size": 64,
             "intermediate_size": 128,

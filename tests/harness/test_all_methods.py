@@ -58,10 +58,10 @@ def test_methods_are_configured_in_yaml(tmp_path, capsys):
         "upstream_exact": False,
     }
     assert json.loads(by_label.loc["early", "options"]) == {"layer": 1, "rows": "all", "upstream_exact": False}
-    # Equal K is not equal cost: of 4 layers, 1 or 3 see all tokens.
+    # Equal K is not equal cost: of 6 layers, 1 or 3 see all tokens.
     total, kept = by_label.loc["full", "total_tokens"], by_label.loc["uniform", "kept_tokens"]
     for label, layer in (("early", 1), ("fastv[layer=3]", 3)):
         assert by_label.loc[label, "kept_tokens"] == kept
-        assert by_label.loc[label, "layer_tokens"] == (layer * total + (4 - layer) * kept) / 4
+        assert by_label.loc[label, "layer_tokens"] == pytest.approx((layer * total + (6 - layer) * kept) / 6)
     board = (tmp_path / "run" / "leaderboard.md").read_text()
     assert all(f"| {label} " in board for label in by_label.index)

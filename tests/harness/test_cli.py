@@ -263,7 +263,7 @@ MISTAKES = {
     ),
     "scorer of another width": (
         lambda t, m: ["sweep", *SMALL, "--methods", "visionselector", "--scorer", wide_scorer(t / "s")],
-        "128.*64",
+        "128.*192",
     ),
     "scorer missing": (lambda t, m: ["sweep", "--methods", "visionselector", "--scorer", str(t / "s")], "scorer"),
     "scorer of no method": (lambda t, m: ["ask", "?", "--scorer", str(t)], "--scorer is for visionselector and other"),

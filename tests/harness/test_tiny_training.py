@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from battery import picture, user
+from safetensors.torch import load_file
 
+from visionselector_eval.baselines import build
+from visionselector_eval.harness import cli
 from visionselector_eval.harness.tiny_training import batches, network, stages
 from visionselector_eval.harness.tiny_training.lessons import lesson, upstream_prompt
+from visionselector_eval.models import load_backbone
+from visionselector_eval.models.inputs import MediaSettings, build_inputs
 from visionselector_eval.tasks.tiny import EVALUATION_SEED, generate
 
 # The wordings that lmms-eval's qwen2_5_vl gives for each mirror, without what the document says.
@@ -88,3 +95,53 @@ def test_a_few_steps_learn_and_a_killed_run_goes_on_as_if_nothing_had_happened(t
     stages.train_stage("joint", tmp_path / "parts", 6, size=2, save_every=3, check=0, stop=3)
     rest = stages.train_stage("joint", tmp_path / "parts", 6, size=2, save_every=3, check=0)
     np.testing.assert_allclose(rest, losses[3:], rtol=1e-5)
+
+
+def test_train_tiny_makes_a_checkpoint_with_everything_in_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--vision-steps", "1", "--language-steps", "1", "--joint-steps", "1", "--learned-steps", "1"]
+    flags = ["--output", str(tmp_path / "work"), *small, "--documents", "2", "--check", "2"]
+    assert cli.main(["train", "tiny", *flags]) == 0
+    folder = tmp_path / "work" / "checkpoint"
+    weights = load_file(folder / "model.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.bfloat16}
+    assert sum("importance_scorer" in name for name in weights) == 4
+    assert any("image_score_predictor" in name for name in weights)
+    assert "| tiny_docvqa_val | " in (folder / "README.md").read_text()
+    stages_logged = {json.loads(line)["stage"] for line in (folder / "training.jsonl").read_text().splitlines()}
+    assert stages_logged == {"vision", "language", "joint", "scorer", "predictor"}
+
+    backbone = load_backbone(str(folder))
+    inputs = build_inputs(backbone.processor, [user(picture(224, 224), "What is the Tax?")], MediaSettings())
+    for name in ("visionselector", "dynamic_qwen"):
+        assert len(backbone.prefill(inputs, build(name), 0.25).kept[0]) == 16
+
+    capsys.readouterr()
+    other = [*flags[:2], *small, "--documents", "4"]
+    for arguments, reason in (
+        (other, "holds a training with other settings"),
+        (["--output", str(Path(__file__).parent)], "holds something else"),
+        (["--stages", "vison"], "stages"),
+        (["--budget", "0.2"], "no setting of `train tiny`"),
+    ):
+        assert cli.main(["train", "tiny", *arguments]) == 2
+        assert reason in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_embedded_checkpoint_answers_what_it_was_trained_on() -> None:
+    """Guards the shipped weights: all tokens answer, a random tenth does not."""
+    backbone = load_backbone("tiny")
+    documents = generate("tiny_docvqa_val", 4_000_003, 12)
+    chats = [user(d.image, upstream_prompt("tiny_docvqa_val", d.row)) for d in documents]
+    right = {}
+    for name, budget in (("full", 1.0), ("visionselector", 0.1), ("random", 0.1)):
+        answers = []
+        for chat in chats:
+            inputs = build_inputs(backbone.processor, [chat], MediaSettings())
+            tokens = backbone.generate(inputs, build(name), budget, max_new_tokens=4)
+            answers.append(backbone.processor.tokenizer.decode(tokens[0], skip_special_tokens=True))
+        right[name] = sum(a == d.answer for a, d in zip(answers, documents, strict=True))
+    assert right["full"] >= 11
+    assert right["visionselector"] >= 9
+    assert right["random"] <= 6

@@ -123,8 +123,9 @@ def test_a_method_inside_the_llm_interrupts_prefill(tiny) -> None:
     assert row["prefill_ms"] == 0.0
     assert False in clock.settled, "borders inside the forward do not wait for the device"
     text = row["text_tokens"]
-    assert row["layer_lengths"] == [text + visual, text + visual // 2, text + visual // 4, text + visual // 4]
-    assert row["visual_layers"] == pytest.approx((visual + visual // 2 + 2 * (visual // 4)) / 4)
+    seen = [visual, visual // 2, *[visual // 4] * 4]
+    assert row["layer_lengths"] == [text + n for n in seen]
+    assert row["visual_layers"] == pytest.approx(sum(seen) / 6)
     assert row["visual_after"] == visual // 4
 
 
