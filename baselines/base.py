@@ -17,6 +17,7 @@ The shortest method is a `ScoreCompressor` with one function::
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -318,6 +319,16 @@ def traced(tokens: VisualTokens, method: str, *names: str) -> list[Tensor]:
             "that traces its encoder's attention, or a method that reads features alone such as divprune"
         )
     return list(values.values())
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """sha256 of a module's weights by name and value: a bfloat16 file and its float32 copy have the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        exact = tensor.detach().to("cpu", torch.float64).contiguous()
+        digest.update(f"{name}{tuple(exact.shape)}".encode())
+        digest.update(exact.numpy().tobytes())
+    return digest.hexdigest()
 
 
 class DecoderView(ABC):

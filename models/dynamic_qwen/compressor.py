@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +20,7 @@ from visionselector_eval.baselines.base import (
     Selection,
     Share,
     top_k,
+    weights_digest,
 )
 
 from .predictor import MARK, Predictor, load_predictor
@@ -114,12 +114,7 @@ class DynamicQwen(DecoderCompressor):
         """sha256 of a given predictor's weights by value; empty where they come from the backbone's checkpoint."""
         if self.predictor is None:
             return ""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self._module.state_dict().items()):
-            exact = tensor.detach().to("cpu", torch.float64).contiguous()
-            digest.update(f"{name}{tuple(exact.shape)}".encode())
-            digest.update(exact.numpy().tobytes())
-        return digest.hexdigest()
+        return weights_digest(self._module)
 
     @cached_property
     def _module(self) -> Predictor:

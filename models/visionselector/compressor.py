@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionselector_eval.baselines.base import Compressor, Host, InputError, ScoreCompressor, VisualTokens
+from visionselector_eval.baselines.base import (
+    Compressor,
+    Host,
+    InputError,
+    ScoreCompressor,
+    VisualTokens,
+    weights_digest,
+)
 
 from .scorer import Scorer, load_scorer, scorer_keys
 
@@ -94,18 +100,13 @@ class ScorerCompressor(Compressor):
             return self._on(tokens.features.device)(tokens.features)
 
     def fingerprint(self) -> str:
-        """sha256 of a given scorer's weights by value: a bfloat16 file and its float32 copy have the same.
+        """sha256 of a given scorer's weights by value (see `weights_digest`).
 
         Empty where the weights come from the backbone, whose id and revision tell them already.
         """
         if self.scorer is None:
             return ""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self._module.state_dict().items()):
-            exact = tensor.detach().to("cpu", torch.float64).contiguous()
-            digest.update(f"{name}{tuple(exact.shape)}".encode())
-            digest.update(exact.numpy().tobytes())
-        return digest.hexdigest()
+        return weights_digest(self._module)
 
     @property
     def _source(self) -> str:

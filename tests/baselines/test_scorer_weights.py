@@ -132,8 +132,8 @@ def test_scorer_made_in_inference_mode(tmp_path, weights):
     save_file(weights, tmp_path / "scorer.safetensors")
     with torch.inference_mode():
         compressor = build("visionselector", scorer=str(tmp_path))
-        compressor.compress(TOKENS, 3)
-        compressor._on(torch.device("meta"))
+        assert len(compressor.compress(TOKENS, 3).kept) == 3
+        assert compressor._on(torch.device("meta")).q_proj.weight.device.type == "meta"
 
 
 def test_start_of_training():
