@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -39,6 +39,7 @@ __all__ = [
     "EncoderTrace",
     "Host",
     "InputError",
+    "PixelCompressor",
     "ScoreCompressor",
     "ScoreDecoder",
     "Selection",
@@ -70,16 +71,23 @@ class EncoderTrace:
     ----------
     received: (N,) float32, attention that each token received: softmax attention of the encoder's ranking layer, mean
         over heads, summed over the queries of its segment, averaged over the patches merged into one token, in raster
-        order (VisionZip's ranking in its Qwen2.5-VL form, arXiv 2412.04467).
+        order (VisionZip's ranking for encoders without a CLS token, arXiv 2412.04467).
     keys: (N, Dk) float32, that layer's keys after rotary embedding, mean over heads and merged patches, raster order.
     keys_concat: (N, H * Dk) float32, the same keys with their heads side by side instead of averaged.
     cls: (N,) float32, attention from the CLS token, mean over heads, for encoders that have one.
+    cls_whole: (N,) float32, attention from the CLS token in the encoder's last block, its heads taken as a single one
+        (LLaVA-PruMerge's ranking, arXiv 2403.15388). keys_whole: (N, H * Dk) float32, the keys of that block.
+    patches: (N, Dp) the encoder's output before the projector, where one patch makes one token;
+        `VisualTokens.project` takes such rows to the LLM's.
     """
 
     received: Tensor | None = None
     keys: Tensor | None = None
     keys_concat: Tensor | None = None
     cls: Tensor | None = None
+    cls_whole: Tensor | None = None
+    keys_whole: Tensor | None = None
+    patches: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,8 @@ class VisualTokens:
     text: (T, D) embeddings of the question's tokens where "text" is in `needs`, else None.
     key: names the document (and the scope's place in it), so that seeded methods draw the same for the same document
         whatever the batch around it.
+    project: takes rows like `trace.patches`, (M, Dp), to rows like `features`, (M, D); None where the encoder offers
+        no patches.
     """
 
     features: Tensor
@@ -101,6 +111,19 @@ class VisualTokens:
     trace: EncoderTrace | None = None
     text: Tensor | None = None
     key: str = ""
+    project: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """(N, Dp) what tokens are compared and merged by: the patches where the trace has them, else the features."""
+        patches = self.trace.patches if self.trace is not None and self.project is not None else None
+        return self.features if patches is None else patches
+
+    def finish(self, rows: Tensor) -> Tensor:
+        """(M, D) for the LLM, in the features' dtype, from (M, Dp) merged `rows`."""
+        if self.rows is self.features or self.project is None:
+            return rows.to(self.features.dtype)
+        return self.project(rows.to(self.rows.dtype)).to(self.features.dtype)
 
 
 @dataclass(frozen=True)
@@ -147,7 +170,10 @@ class Compressor(ABC):
     name: as registered.
     stage: where it acts: `projector` (visual tokens on their way into the LLM) or `decoder` (inside the LLM);
         `pixels` only for the down-sampling control.
-    needs: subset of {"received", "keys", "keys_concat", "cls", "text"}: what `compress` reads beside the features.
+    needs: what `compress` reads beside the features: "text" and fields of `EncoderTrace`. "cls|received" asks for the
+        first of the two that the encoder can tell.
+    renumbers: whether it was published with positions counted anew over the shorter prompt: then it has these under
+        `upstream_exact` on backbones whose positions are plain numbers. Else kept tokens keep their positions.
     trained: whether it has weights of its own.
     paper: name and arXiv id of its source.
     deviations: where it differs from that, beyond what holds for every method (docs/methods.md).
@@ -158,6 +184,7 @@ class Compressor(ABC):
     name: ClassVar[str]
     stage: ClassVar[Stage] = "projector"
     needs: ClassVar[frozenset[str]] = frozenset()
+    renumbers: ClassVar[bool] = False
     trained: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     deviations: ClassVar[str] = ""
@@ -211,6 +238,27 @@ class Compressor(ABC):
     def summary(self) -> str:
         """First line of the class's docstring."""
         return (type(self).__doc__ or "").strip().split("\n")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelCompressor(Compressor):
+    """A control that lowers the pixels before the vision encoder, instead of choosing among its tokens."""
+
+    stage: ClassVar[Stage] = "pixels"
+
+    @abstractmethod
+    def size(self, height: int, width: int, count: int) -> tuple[int, int]:
+        """The lowered size of one frame, in tokens: (h, w), at least (1, 1).
+
+        Parameters
+        ----------
+        height, width: tokens of the frame at full size. count: tokens that it may have, 1 <= count.
+        """
+
+    def compress(self, tokens: VisualTokens, count: int) -> Selection:
+        raise InputError(
+            f"{self.name} acts on pixels, before there are visual tokens: it can't be stacked or called here"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,14 +354,17 @@ class SimilarityRows:
 
 
 def traced(tokens: VisualTokens, method: str, *names: str) -> list[Tensor]:
-    """The fields `names` of the tokens' trace.
+    """The fields `names` of the tokens' trace; of alternatives ("cls|received") the first that it holds.
 
     Raises
     ------
     InputError: where the encoder did not tell one of them.
     """
-    values: dict[str, Tensor] = {name: getattr(tokens.trace, name, None) for name in names}  # type: ignore[misc]
-    if missing := [name for name, value in values.items() if value is None]:
+    values: dict[str, Tensor] = {}
+    for name in names:
+        told = (getattr(tokens.trace, field, None) for field in name.split("|"))
+        values[name] = next((value for value in told if value is not None), None)  # type: ignore[assignment]
+    if missing := [name.replace("|", " or ") for name, value in values.items() if value is None]:
         raise InputError(
             f"{method} needs the encoder's {' and '.join(missing)}, which tokens.trace does not hold: use a backbone "
             "that traces its encoder's attention, or a method that reads features alone such as divprune"

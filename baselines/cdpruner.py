@@ -20,7 +20,7 @@ class CDPruner(Compressor):
     """Picks tokens that differ from each other and fit the question: greedy maximum of a determinant.
 
     The kernel is diag(rel) cos(V, V) diag(rel). Source: CDPruner, arXiv 2506.10967. Upstream's relevance is CLIP's,
-    negated; Qwen2.5-VL has no CLIP text tower, so here it is the cosine with the mean embedding of the question's
+    negated; no backbone here has CLIP's text tower, so it is the cosine with the mean embedding of the question's
     tokens, from 0 to 1, larger for tokens like the question (`negate` turns it round). Without question tokens all are
     equally relevant. Tokens that the picked ones already span (copies) count as 0 and come last, by index, where
     upstream gives NaN. `upstream_exact` only widens the scope to the whole prompt: upstream's budgets are absolute.
@@ -28,6 +28,7 @@ class CDPruner(Compressor):
 
     name = "cdpruner"
     needs = frozenset({"text"})
+    renumbers = True
     paper = "CDPruner, arXiv 2506.10967"
     deviations = "relevance is the cosine with the mean question token, not CLIP's; copies come last instead of NaN"
     cost = "time O(K N D + K^2 D), memory O(N D + K D)"

@@ -157,7 +157,9 @@ class BeforeLLM(_Chain, Compressor):
         if trace is not None:
             values = {f.name: getattr(trace, f.name) for f in fields(EncoderTrace)}
             trace = EncoderTrace(**{name: None if v is None else v[first.kept] for name, v in values.items()})
-        left = replace(tokens, features=features, grid=(1, 1, some), trace=trace)
+        # Merged tokens are no longer the encoder's: the second method then works on features, as the LLM sees them.
+        project = tokens.project if first.features is None else None
+        left = replace(tokens, features=features, grid=(1, 1, some), trace=trace, project=project)
         second = self.second.compress(left, count)
         changed = features[second.kept] if second.features is None else second.features
         return Selection(kept=first.kept[second.kept], features=changed, scores=first.scores)  # type: ignore[arg-type]

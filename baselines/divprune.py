@@ -22,6 +22,7 @@ class DivPrune(Compressor):
     """
 
     name = "divprune"
+    renumbers = True
     paper = "DivPrune, arXiv 2503.02175"
     deviations = "no token is picked twice"
     cost = "time O(N^2 D) once and O(N D) a pick, memory O(N D)"

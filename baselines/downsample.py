@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .base import Compressor, InputError, Selection, VisualTokens
+from .base import PixelCompressor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Downsample(Compressor):
+class Downsample(PixelCompressor):
     """Lowers the pixels instead of choosing tokens (the control of VTC-Bench).
 
     Acts before the vision encoder, on the pixels that the backbone's processor made: bicubic, anti-aliased, frame by
@@ -22,7 +22,6 @@ class Downsample(Compressor):
     """
 
     name = "downsample"
-    stage = "pixels"
     paper = "VTC-Bench, arXiv 2510.07143"
     deviations = (
         "one resize from the full row's pixels to the largest grid within K, where the paper shrinks the "
@@ -56,8 +55,3 @@ class Downsample(Compressor):
             if h + grow_h <= height and w + grow_w <= width and (h + grow_h) * (w + grow_w) <= count:
                 h, w = h + grow_h, w + grow_w
         return h, w
-
-    def compress(self, tokens: VisualTokens, count: int) -> Selection:
-        raise InputError(
-            "downsample acts on pixels, before there are visual tokens: it can't be stacked or called here"
-        )

@@ -14,7 +14,7 @@ class FastV(ScoreDecoder):
     """Drops, at one layer, the visual tokens that the layer before it attended to least.
 
     Score: attention that a token receives in layer `layer - 1`, mean over heads, from the prompt's last token
-    (`rows="last"`, the paper) or from all tokens (`rows="all"`, the Qwen port; it favours early tokens, which more
+    (`rows="last"`, the paper) or from all tokens (`rows="all"`, a later port; it favours early tokens, which more
     rows can see). One row or chunks of rows are computed, in float32, whatever the attention back-end; upstream keeps
     an L x L map. Source: FastV, arXiv 2403.06764. Canonical K and scope are per image or video;
     `upstream_exact` ranks all of a prompt's together, K = max(1, int(r * N)). Upstream's score span also takes in

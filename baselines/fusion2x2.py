@@ -20,7 +20,7 @@ class Fusion2x2(Compressor):
     A fused token stands at its window's top left member. Windows are fused in the order of their mean pairwise cosine
     until K tokens are left; if K is below the number of windows, all of them are and the rest is done on the grid that
     results, and between frames once a frame is one token. So that exactly K remain, the last window fuses only as
-    many members as needed, those most like its first. Our own training-free form for Qwen2.5-VL;
+    many members as needed, those most like its first. Our own training-free form;
     there is no upstream, and `upstream_exact` only widens the scope to the whole prompt, read as one long row.
     """
 

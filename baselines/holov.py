@@ -9,7 +9,7 @@ from torch import LongTensor, Tensor
 
 from .base import Compressor, InputError, Selection, VisualTokens, traced
 
-_CROPS = 1024 / 576  # upstream's rule for Qwen: this many crops for each token kept of N
+_CROPS = 1024 / 576  # 16 crops where 64 of 576 tokens stay, as in the paper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,18 +19,19 @@ class HoloV(Compressor):
     Tokens that a full crop can't take go to the most attended tokens left, so that exactly K remain. Source: HoloV,
     arXiv 2510.02912. Its variance of similarities scales every crop alike (1.09 times the attention) and is left
     out: features change nothing. Upstream loses the tokens of full crops (zero rows instead), starves crops of one
-    token, and on Qwen reads attention in window order and one token off. `upstream_exact` only rounds
+    token, and its port reads attention in window order and one token off. `upstream_exact` only rounds
     K = max(1, int(r * N)) over all of a prompt's images at once.
     """
 
     name = "holov"
-    needs = frozenset({"received"})
+    needs = frozenset({"cls|received"})
+    renumbers = True
     paper = "HoloV, arXiv 2510.02912"
     deviations = "the variance term, which changes nothing, is left out; what full crops can't take is given to others"
     cost = "time O(N log N), memory O(N)"
 
     crops: int = field(
-        default=0, metadata={"help": "number of crops; 0: int(1024 / 576 * N / K), at least 1, as upstream on Qwen"}
+        default=0, metadata={"help": "number of crops; 0: int(1024 / 576 * N / K), at least 1, as upstream"}
     )
 
     def __post_init__(self) -> None:
@@ -41,12 +42,12 @@ class HoloV(Compressor):
         return int(ratio * n)
 
     def compress(self, tokens: VisualTokens, count: int) -> Selection:
-        """Keep `count` of N tokens; scores: the received attention, (N,)."""
-        (received,) = traced(tokens, self.name, "received")
-        n = received.shape[0]
+        """Keep `count` of N tokens; scores: the attention, (N,)."""
+        (attention,) = traced(tokens, self.name, "cls|received")
+        n = attention.shape[0]
         crops = min(n, self.crops or max(1, int(_CROPS * n / count)))
-        kept = pick_order(received, count, crops).sort().values
-        return Selection(kept=kept, scores=received)  # type: ignore[arg-type]
+        kept = pick_order(attention, count, crops).sort().values
+        return Selection(kept=kept, scores=attention)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -14,14 +14,14 @@ from .base import Compressor, InputError, Selection, SimilarityRows, VisualToken
 class IDSelection(Compressor):
     """Picks the most important token again and again, and takes importance from the tokens that are like it.
 
-    Importance is the attention received in the vision encoder, from 0 to 1; each pick p takes
+    Importance is the CLS token's attention in the vision encoder, or that received where there is none, from 0 to 1; each pick p takes
     exp(-gamma * (1 - cos)^2) * S_p from the others, never below 0. Source: ID-Selection, arXiv 2604.05601. No official
     code is known: the bound at 0 is that of two re-implementations, which also use attention inside the LLM.
     `upstream_exact` only widens the scope to the whole prompt.
     """
 
     name = "id_selection"
-    needs = frozenset({"received"})
+    needs = frozenset({"cls|received"})
     paper = "ID-Selection, arXiv 2604.05601"
     deviations = "importance from the vision encoder, bounded at 0 (no official code is known)"
     cost = "time O(K N D), memory O(N D)"
@@ -35,10 +35,10 @@ class IDSelection(Compressor):
             raise InputError(f"option gamma={self.gamma!r} of method 'id_selection' is not usable: give 0 or more")
 
     def compress(self, tokens: VisualTokens, count: int) -> Selection:
-        """Keep `count` of N tokens; scores: the received attention, (N,)."""
-        (received,) = traced(tokens, self.name, "received")
-        kept = pick_order(tokens.features, received, count, self.gamma).sort().values
-        return Selection(kept=kept, scores=received)  # type: ignore[arg-type]
+        """Keep `count` of N tokens; scores: the attention, (N,)."""
+        (attention,) = traced(tokens, self.name, "cls|received")
+        kept = pick_order(tokens.features, attention, count, self.gamma).sort().values
+        return Selection(kept=kept, scores=attention)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

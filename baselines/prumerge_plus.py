@@ -19,16 +19,20 @@ class PruMergePlus(Compressor):
 
     With I outliers of the attention (above Q3 + 1.5 IQR): the I most attended, then the first of 0, g, 2g, ... with
     g = N // K, then the most attended of the rest; each becomes x_i + sum a_j x_j over its 32 nearest. Source:
-    LLaVA-PruMerge, arXiv 2403.15388, in its budgeted Qwen2.5-VL form. That port fills up at random where this goes by
-    attention, and leaves features in the order of rank while positions are sorted: here both are sorted. a sums to 1
-    over the scope (its mean pooling leaves a quarter of that). `upstream_exact` rounds K = max(1, int(r * N)) and
-    I = max(1, int(N * rho)) over all of a prompt's images at once.
+    LLaVA-PruMerge, arXiv 2403.15388, in the form with a budget (the paper's own number of tokens depends on the
+    picture, and has one more for all that is dropped). Encoders with a CLS token give its attention and the keys of
+    their last block, heads not split, and tokens are merged before the projector, as in the paper; others the
+    attention received and the keys, heads side by side, and tokens are merged behind it. The published port fills up
+    at random where this goes by attention, and leaves features in the order of rank while positions are sorted: here
+    both are sorted. Attention received sums to 1 over the scope (the port's mean pooling leaves a quarter of that). `upstream_exact`
+    rounds K = max(1, int(r * N)) and I = max(1, int(N * rho)) over all of a prompt's images at once.
     """
 
     name = "prumerge_plus"
-    needs = frozenset({"received", "keys_concat"})
+    needs = frozenset({"cls_whole|cls|received", "keys_whole|keys_concat|keys", "patches"})
+    renumbers = True
     paper = "LLaVA-PruMerge, arXiv 2403.15388"
-    deviations = "the budgeted Qwen2.5-VL port without its misplaced features; fills up by attention, not at random"
+    deviations = "K tokens, as in the published port, without its misplaced features; fills up by attention"
     cost = "time O(K N Dk + 32 K D), memory O(N (D + Dk))"
 
     neighbours: int = field(default=32, metadata={"help": "tokens with similar keys that are added to each kept one"})
@@ -48,25 +52,25 @@ class PruMergePlus(Compressor):
 
         Raises
         ------
-        InputError: where the trace lacks `received`, or both `keys_concat` and `keys` (taken instead: the mean of
-            the heads).
+        InputError: where the trace lacks attention (`cls_whole`, `cls` or `received`, in this order) or keys
+            (`keys_whole`, `keys_concat` or `keys`).
         """
-        features, n = tokens.features, tokens.features.shape[0]
-        several = tokens.trace is None or tokens.trace.keys_concat is not None or tokens.trace.keys is None
-        received, keys = traced(tokens, self.name, "received", "keys_concat" if several else "keys")
-        attention = received.to(working_dtype(features)).nan_to_num(nan=0.0)
-        attention = attention / attention.sum().clamp(min=torch.finfo(attention.dtype).tiny)
+        n = tokens.features.shape[0]
+        given, keys = traced(tokens, self.name, "cls_whole|cls|received", "keys_whole|keys_concat|keys")
+        attention = given.to(working_dtype(tokens.features)).nan_to_num(nan=0.0)
+        if tokens.trace is not None and given is tokens.trace.received:  # a CLS token's is a row of a softmax already
+            attention = attention / attention.sum().clamp(min=torch.finfo(attention.dtype).tiny)
         kept = self._kept(attention, count)
 
         neighbours = min(self.neighbours, n - 1)
-        rows = features.to(working_dtype(features))
+        rows = tokens.rows.to(working_dtype(tokens.rows))
         merged = rows[kept]
         if neighbours:
             unit = unit_rows(keys)
             for part, block in zip(merged.split(_BLOCK), kept.split(_BLOCK), strict=True):
                 near = _nearest(unit, block, neighbours)
-                part += embedding_bag(near, rows, per_sample_weights=attention[near], mode="sum")
-        return Selection(kept=kept, features=merged.to(features.dtype), scores=received)  # type: ignore[arg-type]
+                part += embedding_bag(near, rows, per_sample_weights=attention[near].to(rows.dtype), mode="sum")
+        return Selection(kept=kept, features=tokens.finish(merged), scores=given)  # type: ignore[arg-type]
 
     def _kept(self, attention: Tensor, count: int) -> Tensor:
         """(count,) ascending indices."""

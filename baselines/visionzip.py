@@ -17,16 +17,19 @@ class VisionZip(Compressor):
     """Keeps the most attended tokens and merges the others into a few contextual tokens.
 
     Of K kept tokens C are contextual, C = min(max(1, floor(contextual * N)), K // 2), and D = K - C dominant:
-    exactly K in all, for every budget. Source: VisionZip, arXiv 2412.04467, in its Qwen2.5-VL form.
+    exactly K in all, for every budget. Source: VisionZip, arXiv 2412.04467. Encoders with a CLS token rank by its
+    attention and merge before the projector, as in the paper (the CLS token itself, which the LLM never sees
+    otherwise, is not kept); others rank by the attention received and merge behind it, as in the authors' port.
     `upstream_exact` keeps D = int((r - contextual) * N) and C = max(1, int(contextual * N)) (often fewer than
     r * N; D = 0 for small r) over all of a prompt's images at once. Attention never crosses images here;
     upstream's does.
     """
 
     name = "visionzip"
-    needs = frozenset({"received", "keys"})
+    needs = frozenset({"cls|received", "keys", "patches"})
+    renumbers = True
     paper = "VisionZip, arXiv 2412.04467"
-    deviations = "exactly K in all; attention received in the encoder for the CLS token's, as in the Qwen2.5-VL port"
+    deviations = "exactly K in all; the CLS token is not kept; without one, attention received in the encoder counts"
     cost = "time O(N C Dk + N D) with C contextual tokens, memory O(N (C + D))"
 
     contextual: float = field(
@@ -58,28 +61,28 @@ class VisionZip(Compressor):
         -------
         kept: (count,) int64; features: (count, D) in the features' dtype, a dominant token unchanged, a
         contextual one x_target + mean(x of the tokens that joined it), summed in float32 (float64 for
-        float64); scores: the received attention, (N,).
+        float64); scores: the attention, (N,).
 
         Raises
         ------
-        InputError: where the trace lacks `received` or `keys`.
+        InputError: where the trace lacks `keys`, or both `cls` and `received`.
         """
         features, n = tokens.features, tokens.features.shape[0]
-        received, keys = traced(tokens, self.name, "received", "keys")
+        attention, keys = traced(tokens, self.name, "cls|received", "keys")
         contextual = self._contextual_count(n, count)
-        dominant = top_k(received, count - contextual)
+        dominant = top_k(attention, count - contextual)
         if contextual == 0:  # count is 1: nothing to merge into
-            return Selection(kept=dominant, scores=received)
+            return Selection(kept=dominant, scores=attention)
 
         rest = _complement(n, dominant)
         places = torch.arange(contextual, device=features.device) * max(1, rest.shape[0] // contextual)
         targets, joining = rest[places], rest[_complement(rest.shape[0], places)]
-        merged = _merge(features, keys, targets, joining)
+        merged = tokens.finish(_merge(tokens.rows, keys, targets, joining))
 
         kept = torch.cat([dominant, targets]).sort().values
         rows = features[kept]
-        rows[torch.searchsorted(kept, targets)] = merged.to(features.dtype)
-        return Selection(kept=kept, features=rows, scores=received)  # type: ignore[arg-type]
+        rows[torch.searchsorted(kept, targets)] = merged
+        return Selection(kept=kept, features=rows, scores=attention)  # type: ignore[arg-type]
 
 
 def _complement(n: int, chosen: Tensor) -> Tensor:

@@ -19,16 +19,18 @@ class VisPruner(Compressor):
     """Keeps the most attended tokens, and drops from the others, eight at a time, those most like another one.
 
     `important` of the K tokens go by attention. The others are, round after round, split into those at even and at odd
-    places; the even ones most like an odd one leave. Source: VisPruner, arXiv 2412.01818. There attention is the CLS
-    token's, and features are those before the projector; here attention is what the vision encoder's tokens receive.
-    Odd and short lists, which break upstream, work. `upstream_exact` rounds K = round(r * N) over all of a prompt's
+    places; the even ones most like an odd one leave. Source: VisPruner, arXiv 2412.01818. Attention is the CLS token's,
+    and tokens are compared before the projector, where the encoder has a CLS token; else attention is what the
+    encoder's tokens receive, and they are compared as the LLM sees them. Odd and short lists, which break upstream,
+    work. `upstream_exact` rounds K = round(r * N) over all of a prompt's
     images at once.
     """
 
     name = "vispruner"
-    needs = frozenset({"received"})
+    needs = frozenset({"cls|received", "patches"})
+    renumbers = True
     paper = "VisPruner, arXiv 2412.01818"
-    deviations = "received attention for the CLS token's, features after the projector; odd and short lists work"
+    deviations = "odd and short lists work; without a CLS token, received attention and features behind the projector"
     cost = "time O(N^2 D), memory O(N D)"
 
     important: float = field(default=0.5, metadata={"help": "share of the kept tokens that is chosen by attention"})
@@ -44,15 +46,15 @@ class VisPruner(Compressor):
 
     @torch.no_grad()
     def compress(self, tokens: VisualTokens, count: int) -> Selection:
-        """Keep `count` of N tokens; scores: the received attention, (N,)."""
-        (received,) = traced(tokens, self.name, "received")
-        ranked = torch.sort(received.nan_to_num(nan=-torch.inf), descending=True, stable=True).indices
+        """Keep `count` of N tokens; scores: the attention, (N,)."""
+        (attention,) = traced(tokens, self.name, "cls|received")
+        ranked = torch.sort(attention.nan_to_num(nan=-torch.inf), descending=True, stable=True).indices
         important = int(count * self.important)
         kept, rest = ranked[:important], ranked[important:]
         if important < count:
-            rest = rest[diverse(tokens.features[rest], count - important)]
+            rest = rest[diverse(tokens.rows[rest], count - important)]
             kept = torch.cat([kept, rest])
-        return Selection(kept=kept.sort().values, scores=received)  # type: ignore[arg-type]
+        return Selection(kept=kept.sort().values, scores=attention)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

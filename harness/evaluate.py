@@ -191,6 +191,7 @@ def _threads_for(pretrained: str) -> Iterator[None]:
 
 def _answer_unit(unit: Unit) -> Iterator[Event]:
     backbone = backbone_of(unit)
+    remark = getattr(backbone, "remark", "")
     settings: dict[str, Setting] = {}
     for work in unit.cells:
         try:
@@ -224,7 +225,7 @@ def _answer_unit(unit: Unit) -> Iterator[Event]:
                     yield Failed(digest, reason_of(error))
                     del alive[digest]
                     continue
-                yield Answered(digest, number, _plain(left, answers, skipped), time.perf_counter() - started)
+                yield Answered(digest, number, _plain(left, answers, skipped, remark), time.perf_counter() - started)
 
 
 def _prepare(
@@ -258,9 +259,12 @@ def _prepare(
 
 
 def _plain(
-    documents: Sequence[Document], answers: list[Answer], skipped: Mapping[Document, str]
+    documents: Sequence[Document], answers: list[Answer], skipped: Mapping[Document, str], remark: str = ""
 ) -> list[dict[str, Any]]:
-    """Answers as plain data for the journal; a skipped document has an empty one, with the reason."""
+    """Answers as plain data for the journal; a skipped document has an empty one, with the reason.
+
+    The backbone's remark goes with them: a cell killed before it was scored is scored without loading the backbone.
+    """
     left = iter(answers)
     nothing = Answer(text="", kept_tokens=0, total_tokens=0, prompt_tokens=0, new_tokens=0)
     plain = []
@@ -278,6 +282,7 @@ def _plain(
                 "prompt_tokens": answer.prompt_tokens,
                 "new_tokens": answer.new_tokens,
                 "skipped": reason,
+                **({"remark": remark} if remark else {}),
             }
         )
     return plain

@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 from visionselector_eval.baselines.base import InputError
 from visionselector_eval.baselines.registry import available, compressor_class, options_of
-from visionselector_eval.models.backbones import ADAPTERS
+from visionselector_eval.models.backbones import FAMILIES
 from visionselector_eval.models.tiny import TINY
 from visionselector_eval.tasks.suites import load_suites
 
@@ -29,7 +29,7 @@ def _compressors() -> str:
 
 
 def _backbones() -> str:
-    families = "\n".join(f"  {name}" for name in sorted(ADAPTERS))
+    families = "\n".join(f"  {name}" for name in sorted(FAMILIES))
     return f"backbones (config.model_type of a folder or hub id; `{TINY}` is the embedded checkpoint):\n{families}"
 
 

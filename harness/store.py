@@ -136,6 +136,9 @@ class CellRecord(BaseModel):
     digest: str = Field(description="name of the cell: `digest_of(settings)`")
     backbone: str = Field(description="path or hub id of the backbone")
     revision: str = Field(default="", description="commit or weights' hash of the backbone")
+    remark: str = Field(
+        default="", description="what tables say beside the backbone's name, such as that its LLM was retrained"
+    )
     method: str = Field(description="name of the compressor")
     label: str = Field(default="", description="how tables call method + options; the method's name when empty")
     options: dict[str, Any] = Field(default_factory=dict, description="the compressor's options, defaults included")

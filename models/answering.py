@@ -11,7 +11,7 @@ import torch
 
 from visionselector_eval.baselines.base import Budget, Compressor
 
-from .backbones.base import ALL_TRACES, Backbone
+from .backbones.base import Backbone
 from .generation import cut, generation_arguments
 from .inputs import MediaSettings, build_inputs
 from .splice import CompressedPrompt, Encoded
@@ -94,7 +94,7 @@ class Answerer:
     def prepare(self, requests: Sequence[Request], settings: Sequence[Setting]) -> PreparedBatch:
         """Decode, preprocess and encode a batch once for all `settings`."""
         inputs = self.inputs(requests)
-        needs = frozenset().union(*(s.compressor.needs for s in settings)) & ALL_TRACES
+        needs = frozenset().union(*(s.compressor.needs for s in settings))
         inputs = self.backbone.to_device(inputs)
         return PreparedBatch(requests, inputs, self.backbone.encode(inputs, needs))
 

@@ -22,7 +22,8 @@ class MediaSettings:
 
     Attributes
     ----------
-    min_pixels, max_pixels: bounds of a picture's area after resizing.
+    min_pixels, max_pixels: bounds of a picture's area after resizing; they do not move vision towers that take one
+        picture size alone (LLaVA-1.5).
     video_min_pixels, video_max_pixels: bounds of one frame's area.
     max_num_frames: most frames of a video that are shown, evenly spread; never a frame twice.
     fps: frames a second to show (still at most max_num_frames); None spreads max_num_frames over the whole video.
@@ -190,6 +191,8 @@ def build_inputs(
                 if part["type"] == "image":
                     images.append(prepare_image(read_image(part["image"]), settings))
                 elif part["type"] == "video":
+                    if getattr(processor, "video_processor", None) is None:
+                        raise InputError("this backbone takes pictures, no videos: its checkpoint has no video processor")
                     source = part["video"]
                     frames, about = source if isinstance(source, tuple) else read_video(source, settings)
                     videos.append(frames)
@@ -245,9 +248,9 @@ def process(
 
 
 def _size(processor: Any, low: int | None, high: int | None) -> dict[str, int] | None:
-    if low is None and high is None:
-        return None
     own = processor.size
+    if (low is None and high is None) or "longest_edge" not in own:  # a tower of one picture size has no bounds
+        return None
     low = own["shortest_edge"] if low is None else low
     high = own["longest_edge"] if high is None else high
     return {"shortest_edge": min(low, high), "longest_edge": max(low, high)}

@@ -7,20 +7,20 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoProcessor, PretrainedConfig
 from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
 from visionselector_eval.baselines.base import InputError, unknown
 
-from .backbones import ADAPTERS
+from .backbones import FAMILIES, Family
 from .tiny import TINY, checkpoint
 
 if TYPE_CHECKING:
@@ -136,6 +136,12 @@ def _config(source: str, located: str, revision: str | None) -> Any:
             "your access to it, or download it and give the folder"
         ) from error
     except Exception as error:
+        # A family that transformers does not know either is told apart from a broken file.
+        family = None
+        with suppress(OSError, ValueError):
+            family = PretrainedConfig.get_config_dict(located, revision=revision)[0].get("model_type")
+        if family is not None:
+            _family(source, family)
         raise InputError(f"config.json of '{source}' can't be read: {_one_line(error)}") from error
 
 
@@ -222,23 +228,23 @@ def checkpoint_folder(source: str, revision: str | None = None) -> Path:
     return Path(located)
 
 
-def checkpoint_family(source: str, revision: str | None = None) -> str:
-    """`model_type` of a checkpoint: the adapter that loads it, and lmms-eval's name of the unmodified model.
+def checkpoint_family(source: str, revision: str | None = None) -> Family:
+    """What is known of a checkpoint's kind of model.
 
     Raises
     ------
     InputError: no such checkpoint, or a family without an adapter (lists what exists).
     """
-    return _family(source, _config(source, _locate(source), revision))
+    return _family(source, _config(source, _locate(source), revision).model_type)
 
 
-def _family(source: str, config: Any) -> str:
-    if config.model_type not in ADAPTERS:
+def _family(source: str, model_type: str) -> Family:
+    if model_type not in FAMILIES:
         raise InputError(
-            f"checkpoint '{source}' is of family '{config.model_type}', which has no adapter here: "
-            f"available: {', '.join(sorted(ADAPTERS))}"
+            f"checkpoint '{source}' is of family '{model_type}', which has no adapter here: "
+            f"available: {', '.join(sorted(FAMILIES))}; docs/new-backbone.md says how to write one"
         )
-    return config.model_type
+    return FAMILIES[model_type]
 
 
 @contextmanager
@@ -281,7 +287,7 @@ def load_backbone(
     attention = choose_attention(attn_implementation, device, torch_dtype)
     located = _locate(source)
     config = _config(source, located, revision)
-    module, _, name = ADAPTERS[_family(source, config)].partition(":")
+    module, _, name = _family(source, config.model_type).adapter.partition(":")
     adapter = getattr(import_module(module), name)
     with _readable_failures(source, "processor"):
         processor = AutoProcessor.from_pretrained(located, revision=revision)

@@ -43,12 +43,14 @@ class VisualItem:
     grid: merged (t, h, w); N = t*h*w.
     features: (N, D), raster order.
     make_trace: computes what the encoder knows about its own attention, at first use; None if it was not captured.
+    project: see `VisualTokens.project`.
     """
 
     kind: Literal["image", "video"]
     grid: tuple[int, int, int]
     features: Tensor
     make_trace: Callable[[], EncoderTrace] | None = None
+    project: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def trace(self) -> EncoderTrace:
@@ -93,7 +95,7 @@ class CompressedPrompt:
 
     Attributes
     ----------
-    input_ids, attention_mask: (B, S') int64. embeds: (B, S', D). position_ids: (P, B, S'), original positions.
+    input_ids, attention_mask: (B, S') int64. embeds: (B, S', D). position_ids: (P, B, S').
     kept: for each prompt the kept visual indices, ascending, on the CPU; 0 is the first visual token of that prompt.
     totals: for each prompt its visual tokens before compression.
     scores: for each prompt (N,) float or None.
@@ -150,7 +152,7 @@ def _cat_traces(traces: Sequence[EncoderTrace]) -> EncoderTrace:
 
 def _scopes(items: Sequence[VisualItem], compressor: Compressor, text: Tensor | None, key: str) -> list[VisualTokens]:
     """The scopes that `compressor` sees of one prompt: each image or video, or everything together."""
-    wants_trace = any(field.name in compressor.needs for field in fields(EncoderTrace))
+    wants_trace = bool(compressor.needs - {"text"})
     groups = [[item] for item in items] if compressor.scope == "item" else [list(items)]
     scopes = []
     for number, group in enumerate(groups):
@@ -162,6 +164,7 @@ def _scopes(items: Sequence[VisualItem], compressor: Compressor, text: Tensor | 
                 trace=_cat_traces([item.trace for item in group]) if wants_trace else None,
                 text=text if "text" in compressor.needs else None,
                 key=f"{key}/{number}",
+                project=group[0].project if wants_trace else None,
             )
         )
     return scopes
@@ -193,7 +196,9 @@ def select(tokens: VisualTokens, compressor: Compressor, budget: Budget) -> Sele
 
 
 def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Budget) -> CompressedPrompt:
-    """Drop the visual tokens that `compressor` does not keep; text is never dropped, kept tokens keep their positions.
+    """Drop the visual tokens that `compressor` does not keep; text is never dropped.
+
+    Kept tokens keep their positions, except where the method asks for others (`Compressor.renumbers`).
 
     Raises
     ------
@@ -241,6 +246,9 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
         scores.append(torch.cat([s.scores for s in selections if s.scores is not None]) if has_scores else None)
 
     source, mask = repad(keep)
+    positions = prompt.position_ids
+    if compressor.renumbers and compressor.upstream_exact and len(positions) == 1 and budget != Share(1.0):
+        positions = (keep.cumsum(1) - 1).clamp_min(0)[None]  # type: ignore[assignment]
 
     def gather(tensor: Tensor) -> Tensor:
         return tensor.gather(1, source).masked_fill(~mask, 0)
@@ -250,7 +258,7 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
         input_ids=pad_ids,  # type: ignore[arg-type]
         embeds=embeds.gather(1, source[..., None].expand(-1, -1, embeds.shape[-1])).masked_fill(~mask[..., None], 0),
         attention_mask=mask.to(prompt.attention_mask.dtype),
-        position_ids=torch.stack([gather(p) for p in prompt.position_ids]),  # type: ignore[arg-type]
+        position_ids=torch.stack([gather(p) for p in positions]),  # type: ignore[arg-type]
         kept=kept_rows,
         totals=totals,
         scores=scores,

@@ -157,7 +157,7 @@ def _cases(n: int, width: int, ratio: float, device: torch.device, attention: bo
     ]
     if attention:
         # Imported here: it brings transformers along, which the rest does without.
-        from visionselector_eval.models.backbones.qwen2_5_vl import received_attention
+        from visionselector_eval.models.backbones.tower import received_attention
 
         queries, keys = noise(4 * n, _HEADS, _HEAD_WIDTH), noise(4 * n, _HEADS, _HEAD_WIDTH)
         per_head = queries.transpose(0, 1), keys.transpose(0, 1)

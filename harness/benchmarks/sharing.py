@@ -160,7 +160,7 @@ def measure(spec: SweepSpec, repeats: int, processes: bool) -> str:
         attn_implementation=spec.attn_implementation,
         media=spec.media(spec.backbones[0]),
         task=spec.tasks[0],
-        base_model=checkpoint_family(name),
+        base_model=checkpoint_family(name).lmms_eval,
         limit=spec.limit,
         generation={},
         batch_size=spec.batch_size,

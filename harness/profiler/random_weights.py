@@ -16,7 +16,7 @@ import torch
 from transformers import AutoProcessor, GenerationConfig, Qwen2_5_VLConfig
 
 from visionselector_eval.baselines.errors import InputError, unknown
-from visionselector_eval.models.backbones import ADAPTERS
+from visionselector_eval.models.backbones import FAMILIES
 from visionselector_eval.models.dynamic_qwen.predictor import MARK, Predictor
 from visionselector_eval.models.tiny import checkpoint
 
@@ -212,7 +212,7 @@ def build_random(
     torch.OutOfMemoryError: it does not fit.
     """
     shape = shape_named(name)
-    module, _, attribute = ADAPTERS[shape.family].partition(":")
+    module, _, attribute = FAMILIES[shape.family].adapter.partition(":")
     adapter = getattr(import_module(module), attribute)
     front = processor()
     config = shape_config(shape, front)

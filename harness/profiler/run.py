@@ -137,7 +137,7 @@ def _workloads(spec: ProfileSpec, backbone: Backbone) -> list[Workload]:
     if spec.task:
         from visionselector_eval.models.inputs import MediaSettings
 
-        family = checkpoint_family(spec.pretrained, spec.revision)
+        family = checkpoint_family(spec.pretrained, spec.revision).lmms_eval
         media = MediaSettings(**spec.media)
         workloads.append(documents(spec.task, backbone, family, spec.limit, media, spec.data_root))
     return workloads

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
-ADAPTERS: dict[str, str] = {
-    # config.model_type -> "module:Class"
-    "qwen2_5_vl": "visionselector_eval.models.backbones.qwen2_5_vl:Qwen2_5_VL",
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """Checkpoints of one `config.model_type`.
+
+    Attributes
+    ----------
+    adapter: "module:Class".
+    lmms_eval: lmms-eval's name of the unmodified model, which chooses the wording of its prompts.
+    protocol: how sweeps show it pictures where they are not told (`models.protocols`).
+    """
+
+    adapter: str
+    lmms_eval: str
+    protocol: str
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen2_5_vl": Family(
+        "visionselector_eval.models.backbones.qwen2_5_vl:Qwen2_5_VL", "qwen2_5_vl", "visionselector"
+    ),
+    "llava": Family("visionselector_eval.models.backbones.llava:Llava", "llava_hf", "llava_stf"),
 }

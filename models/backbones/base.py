@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,7 +22,6 @@ from visionselector_eval.baselines.base import (
     as_compressor,
     parse_budget,
 )
-from visionselector_eval.baselines.full import Full
 from visionselector_eval.models.decoder_pruning import (
     DecoderPruning,
     Entered,
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ALL_TRACES = frozenset(field.name for field in fields(EncoderTrace))
-_EVERYTHING = Full()
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,7 @@ class Backbone(ABC):
     """
 
     model_class: ClassVar[Any]  # the transformers class that `load_backbone` loads the weights with
+    traces: ClassVar[frozenset[str]]  # fields of `EncoderTrace` that its vision encoder can tell
 
     def __init__(
         self, model: Any, processor: Any, *, id: str, revision: str, extra_weights: Mapping[str, Tensor]
@@ -117,8 +117,8 @@ class Backbone(ABC):
         Parameters
         ----------
         inputs: what the processor returned.
-        needs: encoder quantities that compressors may ask for later. Capturing them costs memory for one block's
-            input; they are computed at first use.
+        needs: what compressors may ask for later, as in `Compressor.needs`; what this encoder can't tell is left out.
+            Capturing it costs memory for one block's input; it is computed at first use.
         """
 
     @abstractmethod
@@ -138,6 +138,52 @@ class Backbone(ABC):
         """New tokens (B, T) by the stock `generate()`."""
 
     # What is the same for all -----------------------------------------------------------------------------------------
+
+    @property
+    def remark(self) -> str:
+        """What tables say beside the backbone's name; empty for most."""
+        return ""
+
+    def offered(self, needs: frozenset[str]) -> frozenset[str]:
+        """The fields of `EncoderTrace` that serve `needs` here: of alternatives ("cls|received") the first."""
+        firsts = (next((name for name in need.split("|") if name in self.traces), None) for need in needs)
+        return frozenset(name for name in firsts if name is not None)
+
+    def question(self, ids: Tensor, mask: Tensor, visual: Tensor, markers: Sequence[int] = ()) -> Tensor:
+        """(B, S) bool: plain text of the user's turn, from its last picture up to the turn's end; else all plain text.
+
+        Parameters
+        ----------
+        ids, mask, visual: (B, S) token ids, attention mask and placeholders. markers: ids that close a picture.
+        """
+        special = torch.tensor(sorted(self.processor.tokenizer.all_special_ids), device=ids.device)
+        plain = mask.bool() & ~visual & ~torch.isin(ids, special)
+        boundary = visual | torch.isin(ids, torch.tensor(markers, dtype=ids.dtype, device=ids.device))
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        last = torch.where(boundary, columns, -1).amax(1, keepdim=True)
+        # The turn ends with the first special token behind the last picture, or where the template bids to answer.
+        closing = torch.isin(ids, special) & (columns > last)
+        tail = torch.tensor(self._bid, dtype=ids.dtype, device=ids.device)
+        if 0 < len(tail) <= ids.shape[1]:
+            closing[:, -len(tail)] |= (ids[:, -len(tail) :] == tail).all(1)
+        end = torch.where(closing, columns, ids.shape[1]).amin(1, keepdim=True)
+        question = plain & (columns > last) & (columns < end)
+        return torch.where(question.any(1, keepdim=True), question, plain)
+
+    @cached_property
+    def _bid(self) -> list[int]:
+        """The tokens with which the chat template bids the model to answer; none where there is no template."""
+        messages = [{"role": "user", "content": [{"type": "text", "text": "x"}]}]
+        try:
+            said, bidden = (
+                self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=bid)
+                for bid in (False, True)
+            )
+        except ValueError:  # no template
+            return []
+        before, whole = (self.processor.tokenizer(text)["input_ids"] for text in (said, bidden))
+        same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+        return whole[same:]
 
     @property
     def device(self) -> torch.device:
@@ -199,18 +245,20 @@ class Backbone(ABC):
                     shorter = self.resize(inputs, method, share)
                 with step("vision"):
                     smaller = self.encode(shorter, frozenset())
-                result = splice(self.prompt(shorter, keys), smaller, _EVERYTHING, Share(1.0))
+                result = splice(self.prompt(shorter, keys), smaller, method, Share(1.0))
                 totals = full if full is not None else self.visual_totals(inputs)
-                return CompressedPrompt(**{**vars(result), "totals": totals})
-            method = _EVERYTHING
-        first, inside = method, None
+                return replace(result, totals=totals)
+        first, before, inside = method, share, None
         if isinstance(method, DecoderCompressor):
-            first = method.before or _EVERYTHING
             inside = (method, share) if share != Share(1.0) else None
+            if method.before is None:
+                before = Share(1.0)
+            else:
+                first = method.before
         if encoded is None:
             with step("vision"):
-                encoded = self.encode(inputs, first.needs & ALL_TRACES)
-        return replace(splice(self.prompt(inputs, keys), encoded, first, share), decoder=inside)
+                encoded = self.encode(inputs, first.needs)
+        return replace(splice(self.prompt(inputs, keys), encoded, first, before), decoder=inside)
 
     @torch.no_grad()
     def run_llm(self, compressed: CompressedPrompt) -> PrefillOutput:

@@ -13,50 +13,15 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb, apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_window_index
 
-from visionselector_eval.baselines.base import Budget, Compressor, EncoderTrace, InputError
-from visionselector_eval.baselines.downsample import Downsample
+from visionselector_eval.baselines.base import Budget, Compressor, EncoderTrace, InputError, PixelCompressor
 from visionselector_eval.models.decoder_pruning import LayerAccess
 from visionselector_eval.models.splice import CompressedPrompt, Encoded, Prompt, VisualItem
 
 from .base import ALL_TRACES, Backbone
+from .tower import received_attention
 
 if TYPE_CHECKING:
     from torch import LongTensor, Tensor
-
-# Largest number of attention weights held at once while attention is summed by columns (float32: 64 MiB).
-_CHUNK_WEIGHTS = 1 << 24
-
-
-def received_attention(queries: Tensor, keys: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    """Attention that each key receives: softmax over keys, mean over heads, summed over the queries of its segment.
-
-    Exact and without an N x N array: whole rows of a few queries at a time are normalised and added up.
-
-    Parameters
-    ----------
-    queries, keys: (P, H, d), after rotary embedding.
-    lengths: sizes of the segments, in order, summing to P; attention does not cross them.
-    scale: factor of the logits, usually d ** -0.5.
-
-    Returns
-    -------
-    (P,) float32 (float64 for float64 input); each segment sums to its length.
-
-    Source: VisionZip's ranking in its Qwen2.5-VL form, arXiv 2412.04467.
-    """
-    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    received = []
-    start, heads = 0, queries.shape[1]
-    for length in lengths:
-        q = queries[start : start + length].to(dtype).transpose(0, 1) * scale  # (H, n, d)
-        k = keys[start : start + length].to(dtype).permute(1, 2, 0)  # (H, d, n)
-        total = torch.zeros(length, dtype=dtype, device=queries.device)
-        for rows in q.split(max(1, _CHUNK_WEIGHTS // (heads * length)), dim=1):
-            total += (rows @ k).softmax(-1).sum((0, 1))
-        received.append(total / heads)
-        start += length
-    return torch.cat(received)
-
 
 @dataclass
 class _Captured:
@@ -93,6 +58,7 @@ class Qwen2_5_VL(Backbone):
     """Qwen2.5-VL, any size; 3-D positions, window-ordered vision tower, no CLS token."""
 
     model_class = Qwen2_5_VLForConditionalGeneration
+    traces = frozenset({"received", "keys", "keys_concat"})
 
     @property
     def width(self) -> int:
@@ -158,8 +124,7 @@ class Qwen2_5_VL(Backbone):
     def encode(self, inputs: Mapping[str, Any], needs: frozenset[str] = ALL_TRACES) -> Encoded:
         inputs = self.to_device(inputs)
         layout = self._layout(inputs)
-        # Qwen2.5-VL has no CLS token: what asks for it gets None and says so itself.
-        needs = needs - {"cls"}
+        needs = self.offered(needs)
         core = self.model.model
         encoded: dict[int, list[VisualItem]] = {}
         for kind, pixels, grid_name, features_of in (
@@ -238,27 +203,13 @@ class Qwen2_5_VL(Backbone):
             attention_mask=mask,
             position_ids=positions,
             visual=(kinds > 0) & mask.bool(),
-            question=self._question(ids, kinds, mask),
+            question=self.question(ids, mask, kinds > 0, (self.model.config.vision_end_token_id,)),
             keys=keys,
         )
 
-    def _question(self, ids: Tensor, kinds: Tensor, mask: Tensor) -> Tensor:
-        """Plain text of the user's turn: from its last picture up to the turn's end; else all plain text."""
-        special = torch.tensor(sorted(self.processor.tokenizer.all_special_ids), device=ids.device)
-        plain = mask.bool() & (kinds == 0) & ~torch.isin(ids, special)
-        vision_end = self.model.config.vision_end_token_id
-        boundary = (kinds > 0) | (ids == vision_end)
-        columns = torch.arange(ids.shape[1], device=ids.device)
-        last = torch.where(boundary, columns, -1).amax(1, keepdim=True)
-        # The first special token after the last picture's end marker closes the turn.
-        closing = torch.isin(ids, special) & (columns > last)
-        end = torch.where(closing, columns, ids.shape[1]).amin(1, keepdim=True)
-        question = plain & (columns > last) & (columns < end)
-        return torch.where(question.any(1, keepdim=True), question, plain)
-
     def resize(self, inputs: Mapping[str, Any], compressor: Compressor, budget: Budget) -> dict[str, Any]:
-        if not isinstance(compressor, Downsample):
-            raise InputError(f"method '{compressor.name}' has stage 'pixels' but is not the down-sampling control")
+        if not isinstance(compressor, PixelCompressor):
+            raise InputError(f"method '{compressor.name}' has stage 'pixels' but must be a PixelCompressor")
         layout = self._layout(inputs)
         sizes: dict[int, list[tuple[int, int]]] = {1: [], 2: []}
         for row in layout:

@@ -24,13 +24,8 @@ from visionselector_eval.baselines.base import (
     weights_digest,
 )
 
+from .released import PUBLISHED
 from .scorer import Scorer, load_scorer, scorer_keys
-
-# Released checkpoints with a scorer for a stock backbone, which has none of its own: linked in the method's repository.
-PUBLISHED = {
-    "Qwen/Qwen2.5-VL-7B-Instruct": "JulietChoo/VisionSelector-Qwen2.5-VL-7B",
-    "Qwen/Qwen2.5-VL-3B-Instruct": "JulietChoo/VisionSelector-Qwen2.5-VL-3B",
-}
 
 
 @dataclass(frozen=True, kw_only=True)

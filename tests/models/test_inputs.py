@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from visionselector_eval.baselines import InputError, build
-from visionselector_eval.models.backbones.qwen2_5_vl import received_attention
+from visionselector_eval.models.backbones.tower import received_attention
 from visionselector_eval.models.generation import cut, generation_arguments
 from visionselector_eval.models.inputs import (
     MediaSettings,

@@ -1,0 +1,278 @@
+"""LLaVA-1.5 behind the backbone interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from visionselector_eval.baselines.base import Budget, Compressor, EncoderTrace, InputError, PixelCompressor
+from visionselector_eval.models.decoder_pruning import LayerAccess
+from visionselector_eval.models.splice import CompressedPrompt, Encoded, Prompt, VisualItem, repad
+
+from .base import ALL_TRACES, Backbone
+from .tower import received_attention
+
+if TYPE_CHECKING:
+    from torch import LongTensor, Tensor
+
+# lmms-eval's llava_hf writes this prompt where a checkpoint has no chat template of its own.
+VICUNA_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}A chat between a curious user and an artificial intelligence "
+    "assistant. The assistant gives helpful, detailed, and polite answers to the user's questions. {% endif %}"
+    "{% if message['role'] == 'user' %}USER: {% elif message['role'] == 'assistant' %}ASSISTANT: {% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>{{ '\\n' if loop.last else ' ' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+class Llava(Backbone):
+    """LLaVA-1.5, any size: a CLIP tower of one picture size, plain positions; pictures only.
+
+    Down-sampled pictures go through the tower with its position embeddings interpolated.
+    """
+
+    model_class = LlavaForConditionalGeneration
+
+    def __init__(self, model: Any, processor: Any, **about: Any) -> None:
+        config = model.config
+        if config.vision_config.model_type != "clip_vision_model":
+            raise InputError(
+                f"'{about['id']}' has a vision tower of type '{config.vision_config.model_type}': the adapter for "
+                "family 'llava' knows LLaVA-1.5's, which is 'clip_vision_model'"
+            )
+        if config.vision_feature_select_strategy != "default":
+            raise InputError(
+                f"'{about['id']}' shows the CLS token to its LLM (vision_feature_select_strategy "
+                f"'{config.vision_feature_select_strategy}'): LLaVA-1.5 does not, it has 'default'"
+            )
+        if processor.chat_template is None:
+            processor.chat_template = VICUNA_TEMPLATE
+        super().__init__(model, processor, **about)
+
+    @property
+    def width(self) -> int:
+        return self.model.config.text_config.hidden_size
+
+    @property
+    def depth(self) -> int:
+        return self.model.config.text_config.num_hidden_layers
+
+    @property
+    def layer_access(self) -> LayerAccess:
+        return LayerAccess(self.model.model.language_model, apply_rotary_pos_emb)
+
+    @property
+    def traces(self) -> frozenset[str]:  # type: ignore[override]
+        one_patch_one_token = isinstance(self.model.config.vision_feature_layer, int) and self._window == 1
+        return ALL_TRACES if one_patch_one_token else ALL_TRACES - {"patches"}
+
+    @property
+    def _window(self) -> int:
+        """Patches along one side of a visual token."""
+        return getattr(self.model.model.multi_modal_projector, "window", 1)
+
+    @property
+    def _patch(self) -> int:
+        """Side in pixels of one visual token."""
+        return self.model.config.vision_config.patch_size * self._window
+
+    def _visual(self, input_ids: Tensor) -> Tensor:
+        """Placeholders of pictures; bool, shape of `input_ids`."""
+        return input_ids == self.model.config.image_token_id
+
+    def _grid(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
+        """Tokens (h, w) of each picture of the batch."""
+        height, width = inputs["pixel_values"].shape[-2:]
+        return height // self._patch, width // self._patch
+
+    def _pictures(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Pictures of each prompt."""
+        places = self.visual_totals(inputs)
+        if inputs.get("pixel_values") is None:
+            if any(places):
+                raise InputError("the prompts have placeholders for pictures but none are given")
+            return [0] * len(places)
+        h, w = self._grid(inputs)
+        if any(n % (h * w) for n in places):
+            raise InputError(
+                f"a prompt has {next(n for n in places if n % (h * w))} placeholders, no multiple of the {h * w} tokens of "
+                "a picture: was the prompt cut after the processor made it?"
+            )
+        counts = [n // (h * w) for n in places]
+        given = inputs["pixel_values"].shape[0]
+        if sum(counts) != given:
+            raise InputError(f"{given} pictures were given but the prompts have placeholders for {sum(counts)}")
+        return counts
+
+    def visual_totals(self, inputs: Mapping[str, Any]) -> list[int]:
+        return self._visual(inputs["input_ids"]).sum(1).tolist()
+
+    @torch.no_grad()
+    def encode(self, inputs: Mapping[str, Any], needs: frozenset[str] = ALL_TRACES) -> Encoded:
+        inputs, needs = self.to_device(inputs), self.offered(needs)
+        counts = self._pictures(inputs)
+        if not sum(counts):
+            return Encoded(rows=[[] for _ in counts])
+        pixels, grid = inputs["pixel_values"], (1, *self._grid(inputs))
+        with self._capture(needs) as captured:
+            features = self.features(pixels)
+        items = iter(
+            VisualItem(
+                kind="image",
+                grid=grid,
+                features=item,
+                make_trace=(lambda number=number: self._trace(captured, number, grid, needs)) if needs else None,
+                project=self.model.model.multi_modal_projector if "patches" in needs else None,
+            )
+            for number, item in enumerate(features)
+        )
+        return Encoded(rows=[[next(items) for _ in range(count)] for count in counts])
+
+    def features(self, pixels: Tensor) -> Sequence[Tensor]:
+        """(N, D) for each of the (M, C, H, W) pictures, by the stock modules."""
+        own = self.model.config.vision_config.image_size
+        other = {} if pixels.shape[-2:] == (own, own) else {"interpolate_pos_encoding": True}
+        return self.model.model.get_image_features(pixels, return_dict=True, **other).pooler_output
+
+    @contextmanager
+    def _capture(self, needs: frozenset[str]) -> Iterator[dict[str, Any]]:
+        """Records what `_trace` works from while the tower runs: states behind norm 1 of a block, the feature block's
+        output."""
+        captured: dict[str, Any] = {}
+        if not needs:
+            yield captured
+            return
+        blocks = self.model.model.vision_tower.encoder.layers
+        layer = self.model.config.vision_feature_layer
+        layer = layer if isinstance(layer, int) else layer[0]
+        ranking = blocks[layer - 1 if layer > 0 else layer]  # hidden state 0 is the embeddings'
+
+        def attention_input(name: str) -> Any:
+            def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                captured[name] = module, (args[0] if args else kwargs["hidden_states"])
+
+            return keep
+
+        def output(module: Any, args: tuple[Any, ...], result: Any) -> None:
+            captured["patches"] = result[0] if isinstance(result, tuple) else result
+
+        handles = []
+        try:
+            if needs & {"received", "keys", "keys_concat", "cls"}:
+                hook = attention_input("ranking")
+                handles.append(ranking.self_attn.register_forward_pre_hook(hook, with_kwargs=True))
+            if needs & {"cls_whole", "keys_whole"}:
+                hook = attention_input("last")
+                handles.append(blocks[-1].self_attn.register_forward_pre_hook(hook, with_kwargs=True))
+            if "patches" in needs:
+                handles.append(ranking.register_forward_hook(output))
+            yield captured
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def _trace(
+        self, captured: Mapping[str, Any], number: int, grid: tuple[int, int, int], needs: frozenset[str]
+    ) -> EncoderTrace:
+        """What the tower tells of picture `number`; the CLS token stands first in its states, and takes part."""
+        told: dict[str, Tensor] = {}
+        if "ranking" in captured:
+            module, states = captured["ranking"]
+            q, k = (p(states[number]).view(-1, module.num_heads, module.head_dim) for p in (module.q_proj, module.k_proj))
+            if "cls" in needs:
+                rows = torch.einsum("hd,nhd->hn", q[0].float() * module.scale, k.float())
+                told["cls"] = rows.softmax(-1).mean(0)[1:]
+            if "received" in needs:
+                told["received"] = received_attention(q, k, [len(k)], module.scale)[1:]
+            if "keys" in needs:
+                told["keys"] = k[1:].float().mean(1)
+            if "keys_concat" in needs:
+                told["keys_concat"] = k[1:].float().flatten(1)
+        if "last" in captured:
+            module, states = captured["last"]
+            keys = module.k_proj(states[number]).float()
+            if "cls_whole" in needs:
+                row = keys @ module.q_proj(states[number, :1])[0].float() * keys.shape[1] ** -0.5
+                told["cls_whole"] = row.softmax(-1)[1:]
+            if "keys_whole" in needs:
+                told["keys_whole"] = keys[1:]
+        if "patches" in needs:
+            told["patches"] = captured["patches"][number, 1:]
+        if self._window > 1:
+            told = {name: self._per_token(value, grid) for name, value in told.items()}
+        return EncoderTrace(**told)
+
+    def _per_token(self, values: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """(N, ...) the mean over each token's window, from (patches, ...) in raster order."""
+        _, h, w = grid
+        side = self._window
+        return values.view(h, side, w, side, -1).mean((1, 3)).view(h * w, *values.shape[1:])
+
+    @torch.no_grad()
+    def prompt(self, inputs: Mapping[str, Any], keys: Sequence[str]) -> Prompt:
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        visual = self._visual(ids)
+        return Prompt(
+            input_ids=ids,
+            # The rows of placeholders are overwritten, and their id may lie outside the vocabulary.
+            embeds=self.model.get_input_embeddings()(ids.masked_fill(visual, 0)),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0)[None],
+            visual=visual & mask.bool(),
+            question=self.question(ids, mask, visual),
+            keys=keys,
+        )
+
+    def resize(self, inputs: Mapping[str, Any], compressor: Compressor, budget: Budget) -> dict[str, Any]:
+        if not isinstance(compressor, PixelCompressor):
+            raise InputError(f"method '{compressor.name}' has stage 'pixels' but must be a PixelCompressor")
+        if inputs.get("pixel_values") is None:
+            return dict(inputs)
+        self._pictures(inputs)
+        pixels, (h, w) = inputs["pixel_values"].float(), self._grid(inputs)
+        new_h, new_w = compressor.size(h, w, compressor.count(h * w, budget))
+        low, high = pixels.amin((2, 3), keepdim=True), pixels.amax((2, 3), keepdim=True)
+        size = (new_h * self._patch, new_w * self._patch)
+        smaller = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
+        smaller = smaller.clamp(low, high)  # bicubic overshoots at edges; 8-bit resizing clips there too
+        visual, mask = self._visual(inputs["input_ids"]), inputs["attention_mask"].bool()
+        # Of each picture's run of h * w placeholders the first new_h * new_w stay.
+        stays = mask & ~(visual & ((visual.cumsum(1) - 1) % (h * w) >= new_h * new_w))
+        source, real = repad(stays)
+        pad = self.processor.tokenizer.pad_token_id
+        return {
+            "input_ids": inputs["input_ids"].gather(1, source).masked_fill(~real, 0 if pad is None else pad),
+            "attention_mask": real.to(inputs["attention_mask"].dtype),
+            "pixel_values": smaller.to(inputs["pixel_values"].dtype),
+        }
+
+    def forward(self, compressed: CompressedPrompt) -> tuple[Tensor, Tensor]:
+        hidden = self.model.model.language_model(
+            inputs_embeds=compressed.embeds,
+            attention_mask=compressed.attention_mask,
+            position_ids=compressed.position_ids[0],
+            use_cache=False,
+        ).last_hidden_state
+        return hidden, self.model.lm_head(hidden[:, -1])
+
+    def stock_generate(self, compressed: CompressedPrompt, **generation: Any) -> LongTensor:
+        # input_ids go along so that a repetition penalty sees the prompt, as it does in the stock model.
+        output = self.model.generate(
+            input_ids=compressed.input_ids,
+            inputs_embeds=compressed.embeds,
+            attention_mask=compressed.attention_mask,
+            position_ids=compressed.position_ids[0],
+            **generation,
+        )
+        return output[:, compressed.input_ids.shape[1] :]
