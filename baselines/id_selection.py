@@ -14,9 +14,10 @@ from .base import Compressor, InputError, Selection, SimilarityRows, VisualToken
 class IDSelection(Compressor):
     """Picks the most important token again and again, and takes importance from the tokens that are like it.
 
-    Importance is the CLS token's attention in the vision encoder, or that received where there is none, from 0 to 1; each pick p takes
-    exp(-gamma * (1 - cos)^2) * S_p from the others, never below 0. Source: ID-Selection, arXiv 2604.05601. No official
-    code is known: the bound at 0 is that of two re-implementations, which also use attention inside the LLM.
+    Importance is the CLS token's attention in the vision encoder, or that received where there is none, from 0 to 1;
+    each pick p takes exp(-gamma * (1 - cos)^2) * S_p from the others, never below 0. Source: ID-Selection,
+    arXiv 2604.05601. No official code is known: the bound at 0 is that of two re-implementations, which also use
+    attention inside the LLM.
     `upstream_exact` only widens the scope to the whole prompt.
     """
 

@@ -24,8 +24,8 @@ class PruMergePlus(Compressor):
     their last block, heads not split, and tokens are merged before the projector, as in the paper; others the
     attention received and the keys, heads side by side, and tokens are merged behind it. The published port fills up
     at random where this goes by attention, and leaves features in the order of rank while positions are sorted: here
-    both are sorted. Attention received sums to 1 over the scope (the port's mean pooling leaves a quarter of that). `upstream_exact`
-    rounds K = max(1, int(r * N)) and I = max(1, int(N * rho)) over all of a prompt's images at once.
+    both are sorted. Attention received sums to 1 over the scope (the port's mean pooling leaves a quarter of that).
+    `upstream_exact` rounds K = max(1, int(r * N)) and I = max(1, int(N * rho)) over all of a prompt's images at once.
     """
 
     name = "prumerge_plus"

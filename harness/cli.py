@@ -394,6 +394,8 @@ def _ask(arguments: argparse.Namespace) -> int:
         f"[{chosen.label} at budget {budget}: {answer.kept_tokens} of {answer.total_tokens} visual tokens kept{share}, "
         f"{answer.prompt_tokens} prompt tokens, {answer.new_tokens} new tokens]"
     )
+    if remark := getattr(backbone, "remark", ""):
+        _print(f"[{arguments.pretrained}: {remark}]")
     return EXIT_OK
 
 
@@ -404,7 +406,7 @@ def _report_parser() -> _Parser:
     parser = _Parser(
         prog=f"{PROGRAM} report",
         description="Rebuild the leaderboard files of a run from its folder alone, and print the table.",
-        epilog=_example("report runs/sweep", "report runs/sweep --difficulty"),
+        epilog=_example("report runs/sweep", "report runs/sweep --difficulty", "report runs/sweep --published"),
     )
     parser.add_argument("run", help="run folder of a sweep")
     parser.add_argument(
@@ -412,20 +414,29 @@ def _report_parser() -> _Parser:
         action="store_true",
         help="also how methods fare on the documents that `downsample` loses; writes difficulty.md and .csv",
     )
+    parser.add_argument(
+        "--published",
+        action="store_true",
+        help="also what papers print for the same backbones, tasks and methods, in tables of its own; writes "
+        "published.md",
+    )
     return parser
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from .leaderboard import write
 
-    board = write(arguments.run)
+    parts = [write(arguments.run).to_terminal(_width())]
+    # Printed together at the end: what is asked for beside the leaderboard may refuse the run.
     if arguments.difficulty:
         from . import difficulty
 
-        split = difficulty.write(arguments.run)  # before anything is printed: it may refuse the run
-        _print(board.to_terminal(_width()) + "\n" + difficulty.to_terminal(split))
-        return EXIT_OK
-    _print(board.to_terminal(_width()))
+        parts.append(difficulty.to_terminal(difficulty.write(arguments.run)))
+    if arguments.published:
+        from . import published
+
+        parts.append(published.write(arguments.run))
+    _print("\n".join(parts))
     return EXIT_OK
 
 
@@ -553,15 +564,26 @@ def _profile(arguments: argparse.Namespace) -> int:
 
 
 _LISTS = ("compressors", "backbones", "suites", "tasks")
+_PUBLISHED = "published"  # by its name alone: a few hundred numbers are no part of "everything that a sweep takes"
 
 
 def _list_parser() -> _Parser:
     parser = _Parser(
         prog=f"{PROGRAM} list",
-        description="What can be named in a sweep: compressors with their options, backbones, suites, tasks.",
-        epilog=_example("list", "list compressors"),
+        description="What can be named in a sweep: compressors with their options, backbones, suites, tasks.\n"
+        "published: the numbers that papers print, with their sources; nothing among them was measured here.",
+        epilog=_example(
+            "list", "list compressors", "list published", "list published --backbone LLaVA-1.5-7B --method divprune"
+        ),
     )
-    parser.add_argument("what", nargs="?", metavar="|".join(_LISTS), help="one of these (default: all)")
+    parser.add_argument(
+        "what",
+        nargs="?",
+        metavar="|".join([*_LISTS, _PUBLISHED]),
+        help=f"one of these (default: all but {_PUBLISHED})",
+    )
+    for name, what in (("backbone", "its name there or an id"), ("method", "a compressor"), ("task", "a task")):
+        parser.add_argument(f"--{name}", metavar=name.upper(), help=f"with {_PUBLISHED}: only this {name}; {what}")
     return parser
 
 
@@ -570,8 +592,16 @@ def _list(arguments: argparse.Namespace) -> int:
 
     from .listing import render
 
-    if arguments.what is not None and arguments.what not in _LISTS:
-        raise unknown("list", arguments.what, _LISTS)
+    if arguments.what is not None and arguments.what not in (*_LISTS, _PUBLISHED):
+        raise unknown("list", arguments.what, [*_LISTS, _PUBLISHED])
+    only = {name: value for name in ("backbone", "method", "task") if (value := getattr(arguments, name)) is not None}
+    if arguments.what == _PUBLISHED:
+        from . import published
+
+        _print(published.render(published.chosen(published.load_published(), **only)))
+        return EXIT_OK
+    if only:
+        raise InputError(f"--{next(iter(only))} goes with list {_PUBLISHED}")
     _print(render([arguments.what] if arguments.what else list(_LISTS)))
     return EXIT_OK
 
@@ -720,14 +750,17 @@ def _train_parser() -> _Parser:
     parser = _Parser(
         prog=f"{PROGRAM} train",
         description="Train what a learned compressor needs, beside a frozen backbone: `visionselector` its scorer,\n"
-        "`dynamic-qwen` its predictor. Run the same command again to go on where a killed one was. Defaults are the\n"
-        "published settings. Several devices: `accelerate launch -m visionselector_eval.harness.cli train ...`.",
+        "`dynamic-qwen` its predictor. `token-fusion` trains LLaVA-STF's projector, then with it the LLM. Run the\n"
+        "same command again to go on where a killed one was. Defaults are the published settings. Several devices:\n"
+        "`accelerate launch -m visionselector_eval.harness.cli train ...`.",
         epilog=_example(
             "train visionselector --pretrained Qwen/Qwen2.5-VL-7B-Instruct --data chartqa.jsonl ocr_vqa.jsonl "
             "--image-root images --output runs/scorer",
             "train visionselector --spec tiny.yaml --dry-run",
             "train tiny --output runs/tiny",
             "train dynamic-qwen --data train.jsonl --hidden 64 --batch-size 8 --accumulation 1 --max-steps 200",
+            "train token-fusion --pretrained llava-hf/llava-1.5-7b-hf --data captions.jsonl --output runs/stf-1",
+            "train token-fusion --stage 2 --pretrained runs/stf-1 --data instructions.jsonl --output runs/stf-2",
         ),
     )
     add_train_flags(parser, _flag_type)
@@ -771,7 +804,8 @@ def _export_parser() -> _Parser:
 
     parser = _Parser(
         prog=f"{PROGRAM} export",
-        description="Put trained weights into a full checkpoint in the released layout, or take them out of one.",
+        description="Put trained weights into a full checkpoint in the released layout, or take them out of one.\n"
+        "A LLaVA folder in the original code's layout is rewritten in transformers'.",
         epilog=_example(
             "export runs/visionselector full-checkpoint",
             "export --to scorer full-checkpoint scorer",
@@ -796,10 +830,10 @@ COMMANDS: dict[str, tuple[Callable[[], _Parser], Callable[[argparse.Namespace], 
     "report": (_report_parser, _report, "rebuild the leaderboard of a run folder"),
     "profile": (_profile_parser, _profile, "time, memory, tokens and energy of each method, measured"),
     "smoke": (_smoke_parser, _smoke, "a few documents of each benchmark against a stored expectation, for CI"),
-    "train": (_train_parser, _train, "train the scorer of visionselector or the predictor of dynamic_qwen"),
+    "train": (_train_parser, _train, "train a scorer, a predictor, or LLaVA's token fusion"),
     "data": (_data_parser, _data, "make training data: from the embedded benchmarks, or Cambrian-737K's subsets"),
     "export": (_export_parser, _export, "trained weights into a full checkpoint, and back"),
-    "list": (_list_parser, _list, "compressors, backbones, suites, tasks"),
+    "list": (_list_parser, _list, "compressors, backbones, suites, tasks; numbers that papers print"),
     "check": (_check_parser, _check, "whether a method keeps the promises of a compressor"),
     "tasks": (_tasks_parser, _tasks, "download the data of benchmarks, or say where they belong"),
     "doctor": (_doctor_parser, _doctor, "check this machine and say what to do"),

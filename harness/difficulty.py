@@ -21,7 +21,7 @@ from tabulate import tabulate
 from visionselector_eval.baselines.budget import Share, parse_budget
 from visionselector_eval.baselines.errors import InputError
 
-from .leaderboard import REFERENCE, budget_order, budget_text, prepared
+from .leaderboard import REFERENCE, backbone_remarks, budget_order, budget_text, prepared, titled
 from .stats import paired_difference, t_quantile
 from .store import Run, load_run, write_atomic
 
@@ -53,6 +53,7 @@ COLUMNS = (
     "control_kept_tokens",
     *(f"{name}_{group}" for group in ("a", "b") for name in ("n", "accuracy", "low", "high", "enough")),
     "note",
+    "backbone_remark",
 )
 
 _LEGEND = (
@@ -134,6 +135,7 @@ def difficulty(cells: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
     InputError: the run has no finished `full` cell, no finished `downsample` cell, or nothing else.
     """
     cells = prepared(cells, [])
+    remarks = backbone_remarks(cells)
     done = cells[cells["status"] == "done"]
     others = done[~done["method"].isin([REFERENCE, CONTROL])]
     for method in (REFERENCE, CONTROL):
@@ -154,6 +156,7 @@ def difficulty(cells: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
         for cell in _records(group[~group["method"].isin([REFERENCE, CONTROL])]):
             row = {name: cell.get(name, math.nan) for name in COLUMNS}
             row |= {"control": "", "control_budget": "", "note": ""}
+            row["backbone_remark"] = remarks.get(cell["backbone"], "")
             row |= dict.fromkeys(("same_budget", "enough_a", "enough_b"))
             full = _reference(cell, _records(group[group["method"] == REFERENCE]))
             control = _reference(cell, _records(group[group["method"] == CONTROL]), by_budget=True)
@@ -277,17 +280,23 @@ def to_csv(table: pd.DataFrame) -> str:
 def to_markdown(table: pd.DataFrame) -> str:
     """GitHub Markdown, a table for each backbone."""
     parts = ["# Difficulty split", ""]
-    for backbone, rows in table.groupby("backbone", sort=True):
-        parts += [f"## {str(backbone).replace('|', chr(92) + '|')}", "", _draw(rows, "github"), ""]
+    for title, rows in _by_backbone(table):
+        parts += [f"## {title.replace('|', chr(92) + '|')}", "", _draw(rows, "github"), ""]
     return "\n".join([*parts, *(f"- {line}" for line in [*_LEGEND, *_notes(table)])]) + "\n"
 
 
 def to_terminal(table: pd.DataFrame) -> str:
     """Plain tables, one for each backbone."""
     parts = []
-    for backbone, rows in table.groupby("backbone", sort=True):
-        parts += [f"difficulty split of {backbone}", "", _draw(rows, "simple"), ""]
+    for title, rows in _by_backbone(table):
+        parts += [f"difficulty split of {title}", "", _draw(rows, "simple"), ""]
     return "\n".join([*parts, *_LEGEND[:3], *_notes(table)]) + "\n"
+
+
+def _by_backbone(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each backbone under its heading."""
+    groups = table.groupby("backbone", sort=True)
+    return [(titled(str(backbone), rows["backbone_remark"].iloc[0]), rows) for backbone, rows in groups]
 
 
 def _draw(table: pd.DataFrame, style: str) -> str:

@@ -27,7 +27,7 @@ from .environment import DISTRIBUTION, attention, cpu_model, driver_version, git
 
 log = logging.getLogger(__name__)
 
-MODEL_ID = "visionselector_qwen2_5_vl"
+MODEL_IDS = ("visionselector_qwen2_5_vl", "visionselector_llava")
 _REINSTALL = "install the package again in this environment: pip install -e ."
 _HUB_SECONDS = 3.0
 
@@ -221,16 +221,17 @@ def _plugin() -> Iterable[Check]:
         return
     yield Check("entry point", True, f"lmms_eval.models: {points[0].value}")
     registry = import_module("lmms_eval.models").MODEL_REGISTRY_V2
-    if MODEL_ID not in registry.list_canonical_model_ids():
-        # lmms-eval only warns when a plug-in breaks, so this is the one place where its absence is seen
-        yield Check("lmms-eval model", False, f"lmms-eval does not list {MODEL_ID}", _REINSTALL)
-        return
-    try:
-        found = registry.get_model_class(MODEL_ID)
-    except Exception as error:
-        yield Check("lmms-eval model", False, f"{MODEL_ID} is listed but does not import: {_line(error)}", _REINSTALL)
-        return
-    yield Check("lmms-eval model", True, f"{MODEL_ID} -> {found.__name__}")
+    for name in MODEL_IDS:
+        if name not in registry.list_canonical_model_ids():
+            # lmms-eval only warns when a plug-in breaks, so this is the one place where its absence is seen
+            yield Check("lmms-eval model", False, f"lmms-eval does not list {name}", _REINSTALL)
+            continue
+        try:
+            found = registry.get_model_class(name)
+        except Exception as error:
+            yield Check("lmms-eval model", False, f"{name} is listed but does not import: {_line(error)}", _REINSTALL)
+            continue
+        yield Check("lmms-eval model", True, f"{name} -> {found.__name__}")
 
 
 def _compressors() -> Iterable[Check]:
@@ -249,20 +250,24 @@ def _compressors() -> Iterable[Check]:
 
 
 def _checkpoint() -> Iterable[Check]:
-    folder = files("visionselector_eval.models.tiny").joinpath("checkpoint")
-    remedy = f"restore the folder models/tiny/checkpoint from the repository, or {_REINSTALL}"
-    if not folder.is_dir():
-        yield Check("embedded checkpoint", False, "models/tiny/checkpoint is missing", remedy)
-        return
-    names = {entry.name: entry for entry in folder.iterdir()}
-    missing = [name for name in ("config.json", "tokenizer.json") if name not in names]
-    weights = [name for name in names if name.endswith(".safetensors")]
-    if missing or not weights:
-        lacking = ", ".join([*missing, *([] if weights else ["weights (*.safetensors)"])])
-        yield Check("embedded checkpoint", False, f"models/tiny/checkpoint lacks {lacking}", remedy)
-        return
-    size = sum(len(names[name].read_bytes()) for name in weights)
-    yield Check("embedded checkpoint", True, f"{len(names)} files, weights {size / 1e6:.1f} MB")
+    from visionselector_eval.models.tiny import EMBEDDED
+
+    for name, entry in EMBEDDED.items():
+        label, place = f"embedded checkpoint {name}", f"models/tiny/{entry.folder}"
+        remedy = f"restore the folder {place} from the repository, or {_REINSTALL}"
+        folder = files("visionselector_eval.models.tiny").joinpath(entry.folder)
+        if not folder.is_dir():
+            yield Check(label, False, f"{place} is missing", remedy)
+            continue
+        there = {file.name: file for file in folder.iterdir()}
+        missing = [needed for needed in ("config.json", "tokenizer.json") if needed not in there]
+        weights = [file for file in there if file.endswith(".safetensors")]
+        if missing or not weights:
+            lacking = ", ".join([*missing, *([] if weights else ["weights (*.safetensors)"])])
+            yield Check(label, False, f"{place} lacks {lacking}", remedy)
+            continue
+        size = sum(len(there[file].read_bytes()) for file in weights)
+        yield Check(label, True, f"{len(there)} files, weights {size / 1e6:.1f} MB")
 
 
 def _video() -> Iterable[Check]:

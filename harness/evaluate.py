@@ -22,7 +22,7 @@ from visionselector_eval.models.answering import Answer, Answerer, PreparedBatch
 from visionselector_eval.models.generation import generation_arguments
 from visionselector_eval.models.inputs import MediaSettings
 from visionselector_eval.models.loading import load_backbone
-from visionselector_eval.models.tiny import TINY
+from visionselector_eval.models.tiny import EMBEDDED
 from visionselector_eval.tasks import binding
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def _threads_for(pretrained: str) -> Iterator[None]:
     """
     before = torch.get_num_threads()
     try:
-        if pretrained == TINY:
+        if pretrained in EMBEDDED:
             torch.set_num_threads(1)
         yield
     finally:

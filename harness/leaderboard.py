@@ -32,6 +32,7 @@ CONTROLS = frozenset({"random", "uniform", "downsample"})
 _DEFAULTS: dict[str, Any] = {
     "digest": "",
     "revision": "",
+    "remark": "",
     "label": "",
     "options": "{}",
     "seed": 0,
@@ -86,6 +87,7 @@ class Leaderboard:
     tasks: one row for each (backbone, task): metric, direction, largest score, documents.
     notes: remarks on this run (failed cells, cells left out, ...), one line each.
     environment: what the run ran on.
+    remarks: what is said beside a backbone's name ("LLM retrained"), for those that have such a remark.
     """
 
     tidy: pd.DataFrame
@@ -94,6 +96,11 @@ class Leaderboard:
     tasks: pd.DataFrame
     notes: tuple[str, ...] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
+    remarks: Mapping[str, str] = field(default_factory=dict)
+
+    def title(self, backbone: str) -> str:
+        """The heading of a backbone's table."""
+        return titled(backbone, self.remarks.get(backbone, ""))
 
     def footer(self) -> list[str]:
         """What stands below every rendering: meanings, remarks, environment."""
@@ -104,7 +111,7 @@ class Leaderboard:
         parts = ["# Leaderboard", ""]
         for backbone, table in self._by_backbone():
             parts += [
-                f"## {_markdown(backbone)}",
+                f"## {_markdown(self.title(backbone))}",
                 "",
                 _github(table),
                 "",
@@ -126,7 +133,7 @@ class Leaderboard:
             parts += [
                 "\\begin{table*}",
                 "\\centering",
-                f"\\caption{{{_tex(backbone)}: score (relative \\%). {_tex(MEANING)}}}",
+                f"\\caption{{{_tex(self.title(backbone))}: score (relative \\%). {_tex(MEANING)}}}",
                 "\\resizebox{\\textwidth}{!}{%",
                 "\\begin{tabular}{ll" + "r" * (len(table.columns) - 3) + "l}",
                 "\\toprule",
@@ -146,7 +153,7 @@ class Leaderboard:
         """One page that needs no other file."""
         body = []
         for backbone, table in self._by_backbone():
-            body += [f"<h2>{html.escape(backbone)}</h2>", _html_table(table, "board")]
+            body += [f"<h2>{html.escape(self.title(backbone))}</h2>", _html_table(table, "board")]
             body += [_html_table(self._tasks_of(backbone), "tasks")]
         notes = "\n".join(f"<li>{html.escape(line)}</li>" for line in self.footer())
         return _PAGE.replace("@BODY@", "\n".join(body)).replace("@NOTES@", notes)
@@ -156,7 +163,7 @@ class Leaderboard:
         fit."""
         parts = []
         for backbone, table in self._by_backbone():
-            parts += [str(backbone), "", *_terminal_tables(table, width), ""]
+            parts += [self.title(backbone), "", *_terminal_tables(table, width), ""]
         parts += [
             "relative % to `full` in brackets; ≈: not distinguishable (95 % paired interval holds 0); "
             "(k/n): mean over k of n benchmarks only",
@@ -194,7 +201,8 @@ class Leaderboard:
     def _wide(self) -> pd.DataFrame:
         keys = ["backbone", "label", "budget"]
         wide = self.summary.copy()
-        for task in self.tasks["task"].unique():
+        wide.insert(1, "backbone_remark", [self.remarks.get(backbone, "") for backbone in wide["backbone"]])
+        for task in sorted(self.tasks["task"].unique()):
             part = self.tidy[self.tidy["task"] == task].set_index(keys)
             index = pd.MultiIndex.from_frame(wide[keys])
             for source, suffix in (
@@ -247,6 +255,7 @@ def build_leaderboard(
     """
     notes: list[str] = []
     cells = prepared(cells, notes)
+    remarks = backbone_remarks(cells)
     documents = _documents(samples)
     entries: dict[tuple[str, str, str], dict[str, _Entry]] = {}
     for key, group in cells.groupby(["backbone", "label", "budget", "task"], sort=True):
@@ -285,7 +294,7 @@ def build_leaderboard(
     summary_frame = pd.DataFrame(summary)
     task_frame = pd.DataFrame(tasks)
     display = _display(summary_frame, tidy_frame, task_frame)
-    return Leaderboard(tidy_frame, summary_frame, display, task_frame, tuple(notes), dict(environment or {}))
+    return Leaderboard(tidy_frame, summary_frame, display, task_frame, tuple(notes), dict(environment or {}), remarks)
 
 
 def prepared(cells: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
@@ -318,6 +327,17 @@ def prepared(cells: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     return _distinct_labels(cells)
 
 
+def backbone_remarks(cells: pd.DataFrame) -> dict[str, str]:
+    """The remark of each backbone that has one. A cell that failed before its backbone was loaded has none to tell."""
+    told = cells[cells["remark"] != ""]
+    return {str(name): "; ".join(sorted(set(group))) for name, group in told.groupby("backbone")["remark"]}
+
+
+def titled(backbone: str, remark: str) -> str:
+    """A backbone as headings name it."""
+    return f"{backbone} ({remark})" if remark else backbone
+
+
 def _without_seed(options: Any, seed: Any) -> str:
     """Canonical JSON of the options that tell methods apart; the seed is an axis of its own."""
     decoded = json.loads(options) if isinstance(options, str) else dict(options or {})
@@ -325,9 +345,9 @@ def _without_seed(options: Any, seed: Any) -> str:
 
 
 def _distinct_labels(cells: pd.DataFrame) -> pd.DataFrame:
-    """Where one label stands for several options, the options that differ become part of it."""
+    """Where one label stands for several options on a backbone, the options that differ become part of it."""
     cells = cells.copy()
-    for label, group in cells.groupby("label"):
+    for (_, label), group in cells.groupby(["backbone", "label"]):
         variants = sorted({(str(row.method), str(row.options)) for row in group.itertuples()})
         if len(variants) == 1:
             continue
@@ -591,12 +611,16 @@ def budget_order(text: str) -> tuple[int, float]:
 
 
 def _problems(backbone: str, own: Mapping[tuple[str, str, str], Mapping[str, _Entry]]) -> list[str]:
-    lines = []
+    lines, reasons = [], set()
     for (_, label, budget), row in own.items():
         for task, entry in row.items():
             for cell in entry.failed.itertuples():
                 reason = " ".join(str(cell.error).split())[:300]
+                reasons.add(reason)
                 lines.append(f"failed: {backbone}, {label}, {budget_text(budget)}, {task}, seed {cell.seed}: {reason}")
+    if len(lines) > 1 and len(reasons) == 1 and not any(len(e.done) for row in own.values() for e in row.values()):
+        # It could not be loaded, say: one line, not one for each cell.
+        lines = [f"failed: {backbone}, all {len(lines)} cells: {reasons.pop()}"]
     skipped: dict[str, int] = {}
     for row in own.values():
         for task, entry in row.items():
@@ -676,7 +700,7 @@ def _kept_text(row: Mapping[str, Any]) -> str:
 def _display(summary: pd.DataFrame, tidy: pd.DataFrame, tasks: pd.DataFrame) -> pd.DataFrame:
     scales = {(row["backbone"], row["task"]): float(row["scale"]) for row in _records(tasks)}
     lines = {(line["backbone"], line["label"], line["budget"], line["task"]): line for line in _records(tidy)}
-    names = list(dict.fromkeys(tasks["task"])) if len(tasks) else []
+    names = sorted(set(tasks["task"])) if len(tasks) else []
     rows = []
     for row in _records(summary):
         mean = f"{row['mean_relative']:.1f}" if math.isfinite(row["mean_relative"]) else "-"

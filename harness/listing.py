@@ -9,7 +9,7 @@ from tabulate import tabulate
 from visionselector_eval.baselines.base import InputError
 from visionselector_eval.baselines.registry import available, compressor_class, options_of
 from visionselector_eval.models.backbones import FAMILIES
-from visionselector_eval.models.tiny import TINY
+from visionselector_eval.models.tiny import EMBEDDED
 from visionselector_eval.tasks.suites import load_suites
 
 
@@ -30,7 +30,8 @@ def _compressors() -> str:
 
 def _backbones() -> str:
     families = "\n".join(f"  {name}" for name in sorted(FAMILIES))
-    return f"backbones (config.model_type of a folder or hub id; `{TINY}` is the embedded checkpoint):\n{families}"
+    embedded = "\n".join(f"  {name}: {entry.about}" for name, entry in EMBEDDED.items())
+    return f"backbones (config.model_type of a folder or hub id):\n{families}\nembedded backbones:\n{embedded}"
 
 
 def _suites() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from visionselector_eval.baselines.errors import InputError, unknown
 from visionselector_eval.baselines.registry import options_of, resolve_options
 from visionselector_eval.models.generation import GENERATION_KEYS, generation_arguments
 from visionselector_eval.models.protocols import PROTOCOLS, media_fields
-from visionselector_eval.models.tiny import TINY
+from visionselector_eval.models.tiny import EMBEDDED, TINY
 from visionselector_eval.tasks.suites import check_limit, load_suites, suite
 
 
@@ -114,7 +115,8 @@ class SweepSpec(_Strict):
         default="auto",
         description="pixel and frame settings: "
         + "; ".join(f"{name} ({about})" for name, (about, _) in PROTOCOLS.items())
-        + "; auto: checkpoint for the embedded `tiny`, else visionselector",
+        + "; auto: checkpoint for the embedded `tiny`, else what the family's papers use: visionselector for "
+        "Qwen2.5-VL, llava_stf for LLaVA-1.5",
     )
     min_pixels: int | None = Field(default=None, ge=1, description="smallest area of a picture, over the protocol's")
     max_pixels: int | None = Field(default=None, ge=1, description="largest area of a picture, over the protocol's")
@@ -192,9 +194,10 @@ class SweepSpec(_Strict):
 
     def media(self, backbone: BackboneSpec) -> dict[str, Any]:
         """Pixel, frame and prompt settings for one backbone: the protocol's, with what the spec sets over them."""
-        protocol = self.protocol
+        protocol: str = self.protocol
         if protocol == "auto":
-            protocol = "checkpoint" if backbone.pretrained == TINY else "visionselector"
+            embedded = EMBEDDED.get(backbone.pretrained)
+            protocol = embedded.protocol if embedded else _family_protocol(backbone.pretrained, backbone.revision)
         own = ("min_pixels", "max_pixels", "max_num_frames", "fps", "system_prompt", "jpeg", "repeat_frames")
         return media_fields(protocol, {key: getattr(self, key) for key in own})
 
@@ -278,6 +281,13 @@ def make_method(data: Any) -> MethodSpec:
         return MethodSpec.model_validate(data)
     except ValidationError as error:
         raise _readable(error) from error
+
+
+@functools.lru_cache
+def _family_protocol(pretrained: str, revision: str | None) -> str:
+    from visionselector_eval.models.loading import checkpoint_family  # imports torch, which `list` need not wait for
+
+    return checkpoint_family(pretrained, revision).protocol
 
 
 def _check_generation(key: str, value: Any) -> None:

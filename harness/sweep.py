@@ -257,7 +257,7 @@ def run_sweep(
                 _fail(run, cell, cell.error, result, progress)
         groups = [group for group in planned.groups if group.missing]
         units = {id(unit): (unit, group) for group in groups for unit in [_unit(spec, group, run, device)]}
-        _preflight(engine, [unit for unit, _ in units.values()])
+        _preflight(engine, [unit for unit, _ in units.values()], len(spec.backbones))
         progress.start(sum(group.n_documents * len(group.missing) for group in groups))
         for _, group in units.values():
             for cell in group.missing:
@@ -267,19 +267,38 @@ def run_sweep(
     return run, result
 
 
-def _preflight(engine: Engine, units: Sequence[Unit]) -> None:
-    """Load a backbone and fit every method to it, so that a mistake shows before any document is read.
+def _preflight(engine: Engine, units: Sequence[Unit], backbones: int) -> None:
+    """See to it that a mistake shows before any document is read: load a backbone and fit every method to it.
 
-    Of several backbones one that is usable with every method is enough: cells of the others fail by themselves, and a
-    backbone that comes first must not stop those behind it.
+    One backbone of the sweep that takes them all is enough, or one with nothing left to do: the cells of the others
+    fail by themselves, so which backbone is named first does not matter.
+
+    Parameters
+    ----------
+    backbones: how many the sweep has.
 
     Raises
     ------
-    InputError: there is none.
+    InputError: every backbone of the sweep is tried, and none is usable with all methods.
     """
-    first: InputError | None = None
-    for unit in {unit.pretrained: unit for unit in reversed(units)}.values():
-        pass
+    firsts: dict[str, Unit] = {}
+    for unit in units:
+        firsts.setdefault(unit.pretrained, unit)
+    problems: list[Exception] = []
+    for unit in firsts.values():
+        try:
+            engine.call(_fit, unit)
+            return
+        except Exception as problem:
+            problems.append(problem)
+    if problems and len(problems) == backbones:
+        raise problems[0]
+
+
+def _fit(unit: Unit) -> None:
+    backbone = backbone_of(unit)
+    for work in unit.cells:
+        bind_compressor(work, backbone)
 
 
 def _unit(spec: SweepSpec, group: Group, run: Run, device: str) -> Unit:
@@ -343,6 +362,11 @@ def _drive(
                     _fail(run, cells[work.digest][0], reason, result, progress)
 
 
+def _remark(answers: Iterable[Mapping[str, Any]]) -> str:
+    """What the answers of a cell say about their backbone; those of an older version say nothing."""
+    return max((answer.get("remark", "") for answer in answers), default="")
+
+
 def _record(cell: PlannedCell, **values: Any) -> CellRecord:
     shared = {k: v for k, v in cell.settings.items() if k not in _OWN_SETTINGS}
     return CellRecord(
@@ -364,7 +388,8 @@ def _record(cell: PlannedCell, **values: Any) -> CellRecord:
 
 
 def _fail(run: Run, cell: PlannedCell, reason: str, result: SweepResult, progress: Progress) -> None:
-    record = _record(cell)
+    remark = _remark(a for line in run.journal(cell.digest).read() for a in line["answers"])
+    record = _record(cell, remark=remark)
     run.fail(cell.digest, record, reason)
     result.failed[cell.digest] = reason
     progress.finished(cell, record.model_copy(update={"status": "failed", "error": reason}))
@@ -406,6 +431,7 @@ def _score(run: Run, cell: PlannedCell, group: Group, seconds: float, result: Sw
     visual = samples[samples["total_tokens"] > 0]
     record = _record(
         cell,
+        remark=_remark(answers.values()),
         metric=scored.metric,
         score=scored.score,
         metrics=scored.metrics,

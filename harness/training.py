@@ -43,7 +43,7 @@ def add_train_flags(parser: argparse.ArgumentParser, flag_type: Callable[[Any], 
             shown = ", ".join(f"{value} for {kind}" for kind, value in defaults.items())
         only = f"; {' and '.join(owners)} only" if not set(SPECS) <= set(owners) else ""
         text = f"{info.description}{f' (default: {shown})' if shown else ''}{only}".replace("%", "%%")
-        many = typing.get_origin(info.annotation) is list
+        many = any(typing.get_origin(a) is list for a in (info.annotation, *typing.get_args(info.annotation)))
         parser.add_argument(
             "--" + name.replace("_", "-"),
             dest=name,
@@ -292,14 +292,18 @@ class _progress:
 
 def add_export_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of `export`."""
-    parser.add_argument("source", help="result folder of a training; with --to scorer or predictor: a full checkpoint")
+    parser.add_argument(
+        "source",
+        help="result folder of a training, or a LLaVA folder in the original layout; with --to scorer, predictor or "
+        "fusion: a full checkpoint",
+    )
     parser.add_argument("output", help="new folder")
     parser.add_argument(
         "--to",
         default="checkpoint",
-        metavar="checkpoint|scorer|predictor",
-        help="checkpoint: the backbone's files with the trained weights among them, as released; scorer, predictor: "
-        "these weights alone, out of a checkpoint (default: checkpoint)",
+        metavar="checkpoint|scorer|predictor|fusion",
+        help="checkpoint: the backbone's files with the trained weights among them, as released; scorer, predictor, "
+        "fusion: these weights alone, out of a checkpoint (default: checkpoint)",
     )
     parser.add_argument(
         "--pretrained", metavar="FOLDER_OR_ID", help="backbone of the checkpoint (default: the one it was trained with)"

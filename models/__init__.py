@@ -23,9 +23,8 @@ def manifests() -> list[Any]:
     """Entry point `lmms_eval.models`: the models that the stock lmms-eval command finds by id."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
+    here = "visionselector_eval.models.compressed"
     return [
-        ModelManifest(
-            model_id="visionselector_qwen2_5_vl",
-            chat_class_path="visionselector_eval.models.compressed.VisionSelectorQwen2_5_VL",
-        )
+        ModelManifest(model_id="visionselector_qwen2_5_vl", chat_class_path=f"{here}.VisionSelectorQwen2_5_VL"),
+        ModelManifest(model_id="visionselector_llava", chat_class_path=f"{here}.VisionSelectorLlava"),
     ]

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -76,8 +76,8 @@ def to_request(key: str, to_messages: Callable[[], Any], generation: dict[str, A
     return Request(key=key, messages=messages, generation=generation, until=until)
 
 
-class VisionSelectorQwen2_5_VL(lmms):
-    """`visionselector_qwen2_5_vl`: Qwen2.5-VL whose visual tokens a compressor reduces.
+class CompressedModel(lmms):
+    """A backbone whose visual tokens a compressor reduces; a class for each family says what is loaded by default.
 
     Parameters (`--model_args name=value,...`)
     ----------
@@ -85,17 +85,20 @@ class VisionSelectorQwen2_5_VL(lmms):
     method, budget: a compressor of `visionselector-eval list` and the share of visual tokens to keep (0.2, 20%, 64tok).
     device, dtype, attn_implementation: as for `load_backbone`, `auto` by default.
     batch_size: samples answered together.
-    protocol: pixel and frame settings by name (lmms_eval, visionselector, llava_stf, lossless, checkpoint); any field
-        of `MediaSettings` (min_pixels, max_pixels, max_num_frames, fps, system_prompt, jpeg, ...) goes over it.
+    protocol: pixel and frame settings by name (lmms_eval, visionselector, llava_stf, lossless, checkpoint), by default
+        those of lmms-eval's own model of the family; any field of `MediaSettings` (min_pixels, max_pixels,
+        max_num_frames, fps, system_prompt, jpeg, ...) goes over it.
     backbone: (from Python) a loaded backbone to share between settings instead of `pretrained`.
     options: everything else goes to the compressor (upstream_exact=True, scorer=FOLDER, seed=1, ...).
     """
 
     is_simple = False
+    default_pretrained: ClassVar[str]
+    default_protocol: ClassVar[str]
 
     def __init__(
         self,
-        pretrained: str = "Qwen/Qwen2.5-VL-3B-Instruct",
+        pretrained: str | None = None,
         method: str = "full",
         budget: float | str = 1.0,
         device: str = "auto",
@@ -103,11 +106,12 @@ class VisionSelectorQwen2_5_VL(lmms):
         attn_implementation: str = "auto",
         batch_size: int | str = 1,
         revision: str | None = None,
-        protocol: str = "lmms_eval",
+        protocol: str | None = None,
         backbone: Backbone | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
+        pretrained, protocol = pretrained or self.default_pretrained, protocol or self.default_protocol
         media = {f.name: options.pop(f.name) for f in dataclasses.fields(MediaSettings) if f.name in options}
         settings = MediaSettings(**media_fields(protocol, media))
         source = pretrained if backbone is None else backbone.id
@@ -196,3 +200,17 @@ class VisionSelectorQwen2_5_VL(lmms):
         raise InputError(
             "this model answers in one round: tasks with output_type generate_until_multi_round can't be run"
         )
+
+
+class VisionSelectorQwen2_5_VL(CompressedModel):
+    """`visionselector_qwen2_5_vl`: Qwen2.5-VL, as lmms-eval's `qwen2_5_vl` shows it pictures and videos."""
+
+    default_pretrained = "Qwen/Qwen2.5-VL-3B-Instruct"
+    default_protocol = "lmms_eval"
+
+
+class VisionSelectorLlava(CompressedModel):
+    """`visionselector_llava`: LLaVA-1.5, prompted and shown pictures as by lmms-eval's `llava_hf`."""
+
+    default_pretrained = "llava-hf/llava-1.5-7b-hf"
+    default_protocol = "checkpoint"

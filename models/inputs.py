@@ -192,7 +192,9 @@ def build_inputs(
                     images.append(prepare_image(read_image(part["image"]), settings))
                 elif part["type"] == "video":
                     if getattr(processor, "video_processor", None) is None:
-                        raise InputError("this backbone takes pictures, no videos: its checkpoint has no video processor")
+                        raise InputError(
+                            "this backbone takes pictures, no videos: its checkpoint has no video processor"
+                        )
                     source = part["video"]
                     frames, about = source if isinstance(source, tuple) else read_video(source, settings)
                     videos.append(frames)
@@ -208,6 +210,8 @@ def process(
     videos: Sequence[np.ndarray],
     metadata: Sequence[Mapping[str, Any]],
     settings: MediaSettings,
+    *,
+    begins: bool = True,
 ) -> dict[str, Any]:
     """Run the backbone's processor over rendered prompts and the media that they show, with the pixels of `settings`.
 
@@ -215,6 +219,7 @@ def process(
     ----------
     texts: prompts with one placeholder for each picture and video. images: RGB, all prompts' in order.
     videos: (T, H, W, 3) uint8 each; metadata: of each, as `read_video` gives it.
+    begins: whether texts begin a conversation, and so with the token that some tokenizers put there.
 
     Returns
     -------
@@ -241,7 +246,11 @@ def process(
         processor(
             text=list(texts),
             **arguments,
-            text_kwargs={"padding": True, "padding_side": "left"},
+            text_kwargs={
+                "padding": True,
+                "padding_side": "left",
+                **({} if begins else {"add_special_tokens": False}),
+            },
             common_kwargs={"return_tensors": "pt"},
         )
     )

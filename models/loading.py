@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoProcessor, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoProcessor, PretrainedConfig
 from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
 from visionselector_eval.baselines.base import InputError, unknown
 
 from .backbones import FAMILIES, Family
-from .tiny import TINY, checkpoint
+from .tiny import EMBEDDED, checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,9 +108,9 @@ def _readable_failures(source: str, what: str) -> Iterator[None]:
 
 
 def _locate(source: str) -> str:
-    """`source` as transformers takes it: the embedded checkpoint's folder, a local folder or a hub id."""
-    if source == TINY:
-        return str(checkpoint())
+    """`source` as transformers takes it: an embedded checkpoint's folder, a local folder or a hub id."""
+    if source in EMBEDDED:
+        return str(checkpoint(source))
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -120,12 +120,27 @@ def _locate(source: str) -> str:
         return str(path)
     looks_local = source.startswith((".", "~", os.sep)) or source.count("/") > 1 or path.exists()
     if looks_local:
-        raise InputError(f"no checkpoint folder at '{source}': give a folder with config.json, a hub id, or '{TINY}'")
+        names = ", ".join(f"'{name}'" for name in EMBEDDED)
+        raise InputError(
+            f"no checkpoint folder at '{source}': give a folder with config.json, a hub id, or one of {names}"
+        )
     return source
 
 
+class _Fields(PretrainedConfig):
+    """The fields of a config.json, uninterpreted."""
+
+    def __init__(self, raw: dict[str, Any]) -> None:
+        super().__init__()
+        self.__dict__.update(raw)
+
+
 def _config(source: str, located: str, revision: str | None) -> Any:
+    """The checkpoint's configuration; only its plain fields where transformers does not know the family's name."""
     try:
+        raw = PretrainedConfig.get_config_dict(located, revision=revision)[0]
+        if raw.get("model_type") in FAMILIES and raw["model_type"] not in CONFIG_MAPPING:
+            return _Fields(raw)
         return AutoConfig.from_pretrained(located, revision=revision)
     except OSError as error:
         if Path(located).is_dir():
@@ -162,6 +177,11 @@ def weight_files(located: str, revision: str | None = None) -> dict[str, list[st
     return {}
 
 
+def _is_learned(name: str) -> bool:
+    """Whether a tensor of this name is a learned method's."""
+    return any(mark in name for mark in _LEARNED)
+
+
 def _extra_weights(located: str, revision: str | None, unexpected: Iterable[str]) -> dict[str, Tensor]:
     """Tensors that the architecture has no place for, by their name in the file.
 
@@ -177,8 +197,7 @@ def _extra_weights(located: str, revision: str | None, unexpected: Iterable[str]
         wanted = [
             k
             for k in keys
-            if any(mark in k for mark in _LEARNED)
-            or any(u == k or u.endswith("." + k) or k.endswith("." + u) for u in names)
+            if _is_learned(k) or any(u == k or u.endswith("." + k) or k.endswith("." + u) for u in names)
         ]
         if wanted:
             with safe_open(file, framework="pt") as tensors:
@@ -190,7 +209,11 @@ def folder_fingerprint(folder: Path) -> str:
     """Hash that changes when a checkpoint folder does: names, sizes, contents (of large files the ends)."""
     digest = hashlib.sha256()
     for file in sorted(
-        f for f in folder.rglob("*") if f.is_file() and f.suffix in {".json", ".safetensors", ".jinja", ".txt"}
+        f
+        for f in folder.rglob("*")
+        if f.is_file()
+        and f.suffix in {".json", ".safetensors", ".bin", ".jinja", ".txt"}
+        and "checkpoints" not in f.relative_to(folder).parts  # of the training that made it: no part of the model
     ):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)}:{size}:".encode())
@@ -271,7 +294,8 @@ def load_backbone(
     Parameters
     ----------
     path_or_hub_id: folder, hub id, or `tiny` for the embedded checkpoint. A released VisionSelector checkpoint (the
-        backbone's state dict with `visual.importance_scorer.*` beside it) loads as it is.
+        backbone's state dict with `visual.importance_scorer.*` beside it) loads as it is, as do LLaVA-1.5 and LLaVA-STF
+        in the layout of the original code.
     device: `cpu`, `cuda`, `cuda:1`, or `auto`.
     dtype: `float32`, `bfloat16`, `float16`, `auto` (bfloat16 on CUDA, else float32), or a torch dtype.
     attn_implementation: `sdpa`, `eager`, `flash_attention_2`, or `auto` (flash where installed and on CUDA, else sdpa).
@@ -289,23 +313,33 @@ def load_backbone(
     config = _config(source, located, revision)
     module, _, name = _family(source, config.model_type).adapter.partition(":")
     adapter = getattr(import_module(module), name)
+    raw = PretrainedConfig.get_config_dict(located, revision=revision)[0]
+    foreign = adapter.foreign(source, located, revision, raw, _is_learned)
+    commit = getattr(config, "_commit_hash", None)
+    with _readable_failures(source, "configuration"):
+        config = config if foreign is None else foreign.config
     with _readable_failures(source, "processor"):
-        processor = AutoProcessor.from_pretrained(located, revision=revision)
+        if foreign is None:
+            processor = AutoProcessor.from_pretrained(located, revision=revision)
+        else:
+            processor = foreign.processor()
         # Without its files transformers makes an empty tokenizer up, and every prompt would silently be nonsense.
         if processor.image_token_id != config.image_token_id:
             raise InputError(
                 f"tokenizer of '{source}' does not know the checkpoint's image token {config.image_token_id}: "
                 "tokenizer.json or tokenizer_config.json is missing or of another model"
             )
+    extra: dict[str, Tensor] = {}
     with _readable_failures(source, "weights"), _quiet_report():
-        model, info = adapter.model_class.from_pretrained(
-            located,
-            config=config,
-            revision=revision,
-            dtype=torch_dtype,
-            attn_implementation=attention,
-            output_loading_info=True,
+        where: dict[str, Any] = {"pretrained_model_name_or_path": located, "revision": revision}
+        if foreign is not None:
+            state, extra = foreign.state()
+            where = {"pretrained_model_name_or_path": None, "state_dict": state}
+        model, info = adapter.model_class_for(config).from_pretrained(
+            **where, config=config, dtype=torch_dtype, attn_implementation=attention, output_loading_info=True
         )
+        if foreign is not None:
+            model.generation_config = foreign.generation_config()
     missing = sorted(info["missing_keys"])
     if missing or info.get("mismatched_keys"):
         broken = missing or sorted(str(key) for key in info["mismatched_keys"])
@@ -314,16 +348,18 @@ def load_backbone(
             f"first '{broken[0]}'; "
             "download the checkpoint again"
         )
-    with _readable_failures(source, "weights"):
-        extra = _extra_weights(located, revision, info["unexpected_keys"])
-    if foreign := [k for k in extra if not any(mark in k for mark in _LEARNED)]:
+    if foreign is None:
+        with _readable_failures(source, "weights"):
+            extra = _extra_weights(located, revision, info["unexpected_keys"])
+    unplaced = [k for k in extra if not _is_learned(k)] if foreign is None else sorted(info["unexpected_keys"])
+    if unplaced:
         log.warning(
-            "%s holds %d tensors that its family has no place for, first '%s'", source, len(foreign), foreign[0]
+            "%s holds %d tensors that its family has no place for, first '%s'", source, len(unplaced), unplaced[0]
         )
     return adapter(
         model.to(device),
         processor,
         id=source,
-        revision=getattr(config, "_commit_hash", None) or folder_fingerprint(Path(located)),
+        revision=commit or folder_fingerprint(Path(located)),
         extra_weights=extra,
     )

@@ -26,6 +26,22 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
+def llava_folder(tmp_path_factory):
+    """A LLaVA-1.5 checkpoint of random weights."""
+    from llava_checkpoint import save_llava
+
+    return save_llava(tmp_path_factory.mktemp("llava") / "llava-tiny")
+
+
+@pytest.fixture(scope="session")
+def llava(llava_folder):
+    """That checkpoint, float32, sdpa."""
+    from visionselector_eval.models import load_backbone
+
+    return load_backbone(llava_folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_eager():
     """The embedded backbone, float32, eager attention."""
     from visionselector_eval.models import load_backbone

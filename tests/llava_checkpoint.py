@@ -14,10 +14,10 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlavaConfig,
-    LlavaForConditionalGeneration,
     LlavaProcessor,
 )
 
+from visionselector_eval.models.backbones.llava import Llava
 from visionselector_eval.models.dynamic_qwen.predictor import Predictor
 from visionselector_eval.models.tiny import checkpoint
 from visionselector_eval.models.visionselector import Scorer
@@ -26,10 +26,13 @@ from visionselector_eval.models.visionselector import Scorer
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 SIZE, PATCH, WIDTH = 112, 14, 64
+FUSED: dict[str, Any] = {"vision_feature_layer": [-2, 4, 2], "token_fusion": {"layers": [-2, 4, 2]}}
+"""Changes that make it a checkpoint with trained token fusion."""
 
 
 def save_llava(folder: Path, *, learned: bool = True, seed: int = 0, **changes: Any) -> Path:
@@ -73,7 +76,7 @@ def save_llava(folder: Path, *, learned: bool = True, seed: int = 0, **changes: 
             **changes,
         }
     )
-    model = LlavaForConditionalGeneration(config).eval()
+    model = Llava.model_class_for(config)(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "norm" not in name:
@@ -99,7 +102,7 @@ def save_llava(folder: Path, *, learned: bool = True, seed: int = 0, **changes: 
     processor = LlavaProcessor(
         images,
         tokenizer,
-        patch_size=PATCH,
+        patch_size=PATCH * getattr(model.model.multi_modal_projector, "window", 1),
         vision_feature_select_strategy="default",
         chat_template=TEMPLATE,
         num_additional_image_tokens=1,

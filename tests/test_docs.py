@@ -199,7 +199,7 @@ def training_table() -> str:
     from visionselector_eval.harness.training import shown_default
     from visionselector_eval.models.training.spec import SPECS
 
-    rows = [f"| field | {' | '.join(SPECS)} | what it is |", "|---|---|---|---|"]
+    rows = [f"| field | {' | '.join(SPECS)} | what it is |", f"|---|{'---|' * len(SPECS)}---|"]
     for name in dict.fromkeys(name for spec in SPECS.values() for name in spec.model_fields):
         owners = {kind: spec.model_fields.get(name) for kind, spec in SPECS.items()}
         texts = list(dict.fromkeys(info.description for info in owners.values() if info))

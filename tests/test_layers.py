@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from source_tree import FLOORS, ROOT, imported_modules
+
+from visionselector_eval.baselines.registry import BUILTIN
+from visionselector_eval.models.backbones import FAMILIES
+from visionselector_eval.models.protocols import PROTOCOLS
 
 FILES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 # What all compressors share; every other file in baselines/ is one method.
@@ -37,3 +44,67 @@ def test_a_compressor_needs_the_contract_and_torch_alone(path: Path) -> None:
 def test_the_script_calls_the_harness_alone() -> None:
     ours = {name for name in imported_modules(ROOT / "run_eval.py") if name not in sys.stdlib_module_names}
     assert ours == {"visionselector_eval.harness.cli"}
+
+
+# Compressors and backbones know each other by the contract alone -----------------------------------------------------
+
+COMPRESSORS = [
+    path
+    for path in FILES
+    if f"visionselector_eval.{'.'.join(path.relative_to(ROOT).with_suffix('').parts)}"
+    in {target.partition(":")[0] for target in BUILTIN.values()}
+]
+BACKBONES = [path for path in FILES if path.parent == ROOT / "models" / "backbones"]
+
+
+def said(path: Path) -> Iterator[tuple[int, str]]:
+    """Names, attributes and texts of a file's code with their lines; docstrings and comments are prose, not code."""
+    tree = ast.parse(path.read_text())
+    prose = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield node.lineno, node.value
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield node.lineno, " ".join([getattr(node, "module", None) or "", *(alias.name for alias in node.names)])
+
+
+# Papers are named after the models they were made for: LLaVA-PruMerge, Dynamic-LLaVA, Dynamic-Qwen.
+PAPERS = re.compile(r"llava-prumerge|dynamic-llava|dynamic[-_]?qwen", re.IGNORECASE)
+NAMES_OF_FAMILIES = re.compile("|".join({re.split(r"[_\d]", name)[0] for name in FAMILIES}), re.IGNORECASE)
+NAMES_OF_METHODS = re.compile(
+    "|".join([rf"\b{name}\b" for name in BUILTIN if name not in ("full", "random", "uniform", "pooling")]),
+    re.IGNORECASE,
+)
+
+
+def test_the_lists_are_not_empty() -> None:
+    assert len(COMPRESSORS) == len(set(BUILTIN.values())) == len(BUILTIN)
+    assert {path.stem for path in BACKBONES} >= {"qwen2_5_vl", "llava", "base"}
+    assert NAMES_OF_FAMILIES.search("Qwen2_5_VL")
+    assert NAMES_OF_FAMILIES.search("load_llava")
+
+
+@pytest.mark.parametrize("path", COMPRESSORS, ids=name_of)
+def test_no_compressor_names_a_backbone(path: Path) -> None:
+    found = [(line, text) for line, text in said(path) if NAMES_OF_FAMILIES.search(PAPERS.sub("", text))]
+    assert not found
+    assert not {name for name in imported_modules(path) if name.startswith("visionselector_eval.models.backbones")}
+
+
+@pytest.mark.parametrize("path", BACKBONES, ids=name_of)
+def test_no_backbone_names_a_compressor(path: Path) -> None:
+    # A protocol is named after the paper whose settings it has.
+    assert not [(n, text) for n, text in said(path) if text not in PROTOCOLS and NAMES_OF_METHODS.search(text)]
+    ours = {name for name in imported_modules(path) if name.startswith("visionselector_eval.")}
+    methods = {target.partition(":")[0] for target in BUILTIN.values()}
+    assert not ours & {*methods, "visionselector_eval.baselines.registry", "visionselector_eval.baselines"}

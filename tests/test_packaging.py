@@ -91,11 +91,15 @@ def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+DATA = "results/published"
+"""A folder of the package without code."""
+
+
 def package_files(source: Path) -> set[str]:
     """Every file of the package by its place in the wheel."""
     return {
         "visionselector_eval/" + path.relative_to(source).as_posix()
-        for folder in FLOORS
+        for folder in (*FLOORS, DATA)
         for path in (source / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
@@ -112,14 +116,16 @@ def test_the_package_list_is_the_folders_with_an_init() -> None:
         for folder in FLOORS
         for path in (ROOT / folder).rglob("__init__.py")
     }
-    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == folders
+    data = "visionselector_eval." + DATA.replace("/", ".")
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == folders | {data}
 
 
 @pytest.mark.parametrize("which", ["wheel", "wheel_of_sdist"])
 def test_a_wheel_holds_every_file_of_the_package_and_no_other(built: Built, which: str) -> None:
     expected = package_files(built.source)
-    assert {name.split("/")[1] for name in expected} == set(FLOORS)
-    for needed in ("models/py.typed", "tasks/suites.yaml", "models/tiny/checkpoint/model.safetensors"):
+    assert {name.split("/")[1] for name in expected} == {*FLOORS, "results"}
+    needed_files = ("models/py.typed", "tasks/suites.yaml", "models/tiny/checkpoint/model.safetensors")
+    for needed in (*needed_files, f"{DATA}/llava_stf.csv", f"{DATA}/backbones.yaml"):
         assert f"visionselector_eval/{needed}" in expected
     assert contents(getattr(built, which)) == expected
 
@@ -179,6 +185,9 @@ from visionselector_eval.models.tiny import checkpoint
 assert "tiny" in load_suites().suites
 print(checkpoint())
 assert (checkpoint() / "model.safetensors").is_file()
+from visionselector_eval.harness.published import FOLDER, load_published
+assert len(load_published()) > 300
+print(FOLDER)
 """
     places = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).split()
     assert all(Path(place).is_relative_to(installed) for place in places), places

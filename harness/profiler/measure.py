@@ -29,9 +29,11 @@ from visionselector_eval.models.generation import generation_arguments
 from .flops import (
     FlopProbe,
     matmul_ceiling,
+    theoretical_clip,
     theoretical_decode,
     theoretical_output,
     theoretical_prefill,
+    theoretical_projector,
     theoretical_vision,
 )
 from .memory import MemoryProbe, memory_probe, weight_bytes
@@ -244,6 +246,11 @@ class Profiler:
 def vision_flops(config: Any, inputs: Mapping[str, Any]) -> int | None:
     """FLOPs that the shape of the vision encoder asks for; None for families whose encoder is not described here."""
     vision = getattr(config, "vision_config", None)
+    kind = getattr(vision, "model_type", None)
+    if vision is not None and kind == "clip_vision_model" and inputs.get("pixel_values") is not None:
+        pictures = len(inputs["pixel_values"])
+        patches = pictures * (vision.image_size // vision.patch_size) ** 2
+        return theoretical_clip(vision, pictures) + theoretical_projector(config, patches)
     if vision is None or not hasattr(vision, "fullatt_block_indexes"):
         return None
     grids = [g for name in ("image_grid_thw", "video_grid_thw") if inputs.get(name) is not None for g in inputs[name]]

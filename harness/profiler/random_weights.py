@@ -1,8 +1,8 @@
 """Backbones of real shapes with random weights: speed and memory need no trained ones.
 
-The shape is built on the meta device, put on the target device empty, and filled there from a seed. The tokenizer and
-the processor are the embedded checkpoint's, whose picture sizes and prompt layout are the family's. Beside the backbone
-stand random weights of the learned methods' scorer and predictor, in their published sizes.
+The shape is built on the meta device, put on the target device empty, and filled there from a seed. The tokenizer is
+the embedded checkpoint's; picture sizes and prompt layout are the family's. Beside the backbone stand random weights of
+the learned methods' scorer and predictor, in their published sizes.
 """
 
 from __future__ import annotations
@@ -13,10 +13,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoProcessor, GenerationConfig, Qwen2_5_VLConfig
+from transformers import (
+    AutoProcessor,
+    CLIPImageProcessor,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaProcessor,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+)
 
 from visionselector_eval.baselines.errors import InputError, unknown
 from visionselector_eval.models.backbones import FAMILIES
+from visionselector_eval.models.backbones.llava import VICUNA_TEMPLATE
+from visionselector_eval.models.backbones.token_fusion import FusionConfig
 from visionselector_eval.models.dynamic_qwen.predictor import MARK, Predictor
 from visionselector_eval.models.tiny import checkpoint
 
@@ -34,15 +44,57 @@ _VISION = {
 }
 
 
+_CLIP = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+_VICUNA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32064,
+    "max_position_embeddings": 4096,
+}
+_LLAVA_TINY: tuple[dict[str, Any], dict[str, Any]] = (
+    {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "max_position_embeddings": 4096,
+    },
+    {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 24,  # as many as the published token fusion reads from
+        "num_attention_heads": 4,
+        "image_size": 112,
+        "patch_size": 14,
+    },
+)
+
+
 @dataclass(frozen=True)
 class Shape:
-    """A model's sizes. `family` is the adapter's name; `text` and `vision` go over the family's config."""
+    """A model's sizes. `family` is the adapter's name; `text` and `vision` go over the family's config.
+
+    `fused`: with trained token fusion of the published sizes.
+    """
 
     family: str
     about: str
     text: dict[str, Any]
     vision: dict[str, Any]
     tied: bool
+    fused: bool = False
 
 
 SHAPES: dict[str, Shape] = {
@@ -122,9 +174,31 @@ SHAPES: dict[str, Shape] = {
         },
         tied=True,
     ),
+    "llava_1_5_7b": Shape("llava", "LLaVA-1.5-7B", _VICUNA_7B, _CLIP, tied=False),
+    "llava_1_5_13b": Shape(
+        "llava",
+        "LLaVA-1.5-13B",
+        {
+            **_VICUNA_7B,
+            "hidden_size": 5120,
+            "intermediate_size": 13824,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 40,
+        },
+        _CLIP,
+        tied=False,
+    ),
+    "llava_stf_7b": Shape(
+        "llava", "LLaVA-STF-7B: trained token fusion, 144 tokens a picture", _VICUNA_7B, _CLIP, tied=False, fused=True
+    ),
+    "llava_tiny": Shape("llava", "a quarter of a million parameters, to try a command", *_LLAVA_TINY, tied=False),
+    "llava_stf_tiny": Shape(
+        "llava", "the same with token fusion, 16 tokens a picture", *_LLAVA_TINY, tied=False, fused=True
+    ),
 }
 # Shapes that people ask for whose family has no adapter yet.
-_WAITING = {"llava_1_5_7b": "llava", "llava_1_5_13b": "llava", "llava_onevision_7b": "llava_onevision"}
+_WAITING = {"llava_onevision_7b": "llava_onevision"}
 
 
 def shape_named(name: str) -> Shape:
@@ -144,16 +218,51 @@ def shape_named(name: str) -> Shape:
     return SHAPES[name]
 
 
-def processor() -> Any:
-    """The embedded checkpoint's processor, which serves every shape."""
-    return AutoProcessor.from_pretrained(str(checkpoint()))
+def processor(shape: Shape) -> Any:
+    """A processor for a shape: the embedded checkpoint's tokenizer, the family's pictures and prompt."""
+    own = AutoProcessor.from_pretrained(str(checkpoint()))
+    if shape.family == "qwen2_5_vl":
+        return own
+    own.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    side = shape.vision["image_size"]
+    return LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        own.tokenizer,
+        patch_size=shape.vision["patch_size"] * (FusionConfig.published(1).window if shape.fused else 1),
+        vision_feature_select_strategy="default",
+        chat_template=VICUNA_TEMPLATE,
+        num_additional_image_tokens=1,
+    )
 
 
-def shape_config(shape: Shape, processor: Any) -> Qwen2_5_VLConfig:
+def shape_config(shape: Shape, processor: Any) -> Any:
     """The transformers config of a shape, with the token ids of `processor`."""
+    return (_llava_config if shape.family == "llava" else _qwen_config)(shape, processor.tokenizer)
+
+
+def _llava_config(shape: Shape, tokens: Any) -> LlavaConfig:
+    common: dict[str, Any] = {
+        "bos_token_id": None,
+        "eos_token_id": tokens.eos_token_id,
+        "pad_token_id": tokens.pad_token_id,
+    }
+    fusion = FusionConfig.published(shape.vision["hidden_size"])
+    fused: dict[str, Any] = {}
+    if shape.fused:
+        fused = {"token_fusion": fusion.as_dict(), "vision_feature_layer": list(fusion.layers)}
+    return LlavaConfig(
+        text_config={"model_type": "llama", **shape.text, "tie_word_embeddings": shape.tied, **common},
+        vision_config={"model_type": "clip_vision_model", **shape.vision},
+        image_token_index=tokens.convert_tokens_to_ids("<image>"),
+        tie_word_embeddings=shape.tied,
+        **fused,
+        **common,
+    )
+
+
+def _qwen_config(shape: Shape, tokens: Any) -> Qwen2_5_VLConfig:
     text = dict(shape.text)
     section = text.pop("mrope_section")
-    tokens = processor.tokenizer
     ids: dict[str, Any] = {
         f"{place}_token_id": tokens.convert_tokens_to_ids(f"<|{token}|>")
         for place, token in (("image", "image_pad"), ("video", "video_pad"))
@@ -194,7 +303,8 @@ def fill(model: torch.nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             if parameter.ndim == 1:
-                parameter.fill_(1.0 if "norm" in name or "ln_q" in name else 0.0)
+                scale = name.endswith("weight") and ("norm" in name or "ln_q" in name)
+                parameter.fill_(1.0 if scale else 0.0)
             elif "embed_tokens" in name:
                 parameter.normal_(0.0, 0.25, generator=generator)
             else:
@@ -214,19 +324,23 @@ def build_random(
     shape = shape_named(name)
     module, _, attribute = FAMILIES[shape.family].adapter.partition(":")
     adapter = getattr(import_module(module), attribute)
-    front = processor()
+    front = processor(shape)
     config = shape_config(shape, front)
     config._attn_implementation = attention
     with torch.device("meta"):
-        model = adapter.model_class(config)
+        model = adapter.model_class_for(config)(config)
     model = model.to(dtype=dtype).to_empty(device=device)
     model.tie_weights()
-    for part in model.modules():
-        # Tables that are computed, not loaded, came empty from the meta device; the model's own code fills them.
-        if "RotaryEmbedding" in type(part).__name__:
-            part.inv_freq = part.inv_freq.float()
-            part.original_inv_freq = part.original_inv_freq.float()
-            model._init_weights(part)
+    for owner in (m for m in model.modules() if isinstance(m, PreTrainedModel)):
+        for part in owner.modules():
+            # Tables that are computed, not loaded, came empty from the meta device; the model's own code fills them.
+            if not part._non_persistent_buffers_set:
+                continue
+            for name in part._non_persistent_buffers_set:
+                table = getattr(part, name)
+                if table is not None and table.is_floating_point():
+                    setattr(part, name, table.float())
+            owner._init_weights(part)
     fill(model, seed)
     tokens = front.tokenizer
     model.generation_config = GenerationConfig(

@@ -21,7 +21,7 @@ from visionselector_eval.models.loading import (
     choose_dtype,
     load_backbone,
 )
-from visionselector_eval.models.tiny import TINY
+from visionselector_eval.models.tiny import EMBEDDED
 
 from . import report
 from .measure import Plan, Progress, about, profile, run_environment
@@ -71,7 +71,7 @@ def run_profile(spec: ProfileSpec, *, overwrite: bool = False, progress: Progres
 def few_threads(backbone: str, threads: int | None = None) -> Iterator[None]:
     """`threads` of torch, else one for the smallest models, whose second thread would only wait for the first."""
     before = torch.get_num_threads()
-    wanted = threads or (1 if backbone in (TINY, "random:qwen2_5_vl_tiny") else None)
+    wanted = threads or (1 if backbone in (*EMBEDDED, "random:qwen2_5_vl_tiny") else None)
     try:
         if wanted is not None:
             torch.set_num_threads(wanted)
@@ -109,8 +109,9 @@ def _backbone(spec: ProfileSpec, device: str, dtype: torch.dtype, attention: str
     from .random_weights import build_random, processor, shape_config, shape_named
 
     # Too long prompts are refused before gigabytes are filled for nothing.
-    front = processor()
-    config = shape_config(shape_named(spec.random_weights), front).get_text_config()
+    shape = shape_named(spec.random_weights)
+    front = processor(shape)
+    config = shape_config(shape, front).get_text_config()
     for tokens in spec.synthetic:
         if tokens + spec.max_new_tokens > config.max_position_embeddings:
             raise InputError(

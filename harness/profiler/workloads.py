@@ -72,22 +72,46 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def synthetic(processor: Any, tokens: int, seed: int = 0) -> Workload:
-    """One picture of `tokens` visual tokens and `QUESTION`.
+    """`QUESTION` about one picture of `tokens` visual tokens, or about as many pictures as have them.
 
     Parameters
     ----------
-    processor: a transformers processor with an image processor of the Qwen2-VL kind (patch_size, merge_size).
+    processor: a transformers processor. Its image processor takes pictures of any size (patch_size, merge_size), or
+        brings all to one (crop_size): then `tokens` is shared among several pictures.
+
+    Raises
+    ------
+    InputError: a number of tokens that no picture has, and no number of pictures.
     """
-    h, w = grid_of(tokens)
-    side = processor.image_processor.patch_size * processor.image_processor.merge_size
-    image = picture(h * side, w * side, seed)
-    media = MediaSettings(min_pixels=h * w * side * side, max_pixels=h * w * side * side)
-    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]}]
+    front = processor.image_processor
+    pictures, media = 1, MediaSettings()
+    if hasattr(front, "merge_size"):
+        h, w = grid_of(tokens)
+        side = front.patch_size * front.merge_size
+        media = MediaSettings(min_pixels=h * w * side * side, max_pixels=h * w * side * side)
+    else:
+        side = processor.patch_size
+        h, w = front.crop_size["height"] // side, front.crop_size["width"] // side
+        pictures, rest = divmod(tokens, h * w)
+        if rest or not pictures:
+            raise InputError(
+                f"--synthetic {tokens}: a picture of this backbone has {h * w} visual tokens, "
+                f"try {max(1, round(tokens / (h * w))) * h * w}"
+            )
+    shown = [picture(h * side, w * side, seed + number) for number in range(pictures)]
+    content = [*({"type": "image", "image": image} for image in shown), {"type": "text", "text": QUESTION}]
+    chat = [{"role": "user", "content": content}]
     return Workload(
         name=f"synthetic-{tokens}",
         tokens=tokens,
         items=[Item(f"synthetic/{tokens}", lambda: build_inputs(processor, [chat], media))],
-        settings={"synthetic": tokens, "grid": [h, w], "question": QUESTION, "picture_seed": seed},
+        settings={
+            "synthetic": tokens,
+            "grid": [h, w],
+            **({"pictures": pictures} if pictures > 1 else {}),
+            "question": QUESTION,
+            "picture_seed": seed,
+        },
     )
 
 

@@ -27,6 +27,7 @@ PICTURES = {
 }
 """The picture benchmarks that are trained on, and how often."""
 
+TALL = "tiny_docvqa_val"  # every second of its scenes is taller than wide
 CLIPS = "tiny_mvbench_moving_direction"
 KINDS = (*PICTURES, CLIPS)
 TRAIN_SEED, CHECK_SEED = 1_000_003, 2_000_003
@@ -105,13 +106,13 @@ def sheet(rng: np.random.Generator) -> Lesson:
 
 
 class Packer:
-    """Turns lessons of one grid into tensors."""
+    """Turns lessons of one grid into tensors, with the prompts of a family."""
 
-    def __init__(self) -> None:
-        self.tokens = network.tokenizer()
+    def __init__(self, family: type[network.Network] = network.Network) -> None:
+        self.family, self.tokens = family, family.tokenizer()
         self._ids: dict[str, list[int]] = {}
         self.none = self.tokens.pad_token_id
-        self.prefix = network.prefix_ids(self.tokens)
+        self.prefix = self.ids(family.before)
         letters = [(f"\n{x}. ", x) for x in "ABCDE"] + [(f"\n({x}) ", x) for x in "BCD"] + [("\nOption:\n(A) ", "A")]
         self.options = {self.ids(text)[0]: letter for text, letter in letters}
         self.content = {self.ids(text)[0] for text in (*network.WORDS, *"PQRSTUVW")}
@@ -175,7 +176,7 @@ class Packer:
             at = 0
             used: list[str] = []
             for prompt, answer, kind, group in asked:
-                front = self.ids(f"<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n")
+                front = self.ids(self.family.after.format(prompt))
                 back = [*self.ids(answer), self.tokens.eos_token_id]
                 row = [*front, *back]
                 if at + len(row) > TEXT:
@@ -219,30 +220,34 @@ class Packer:
 class Batches(torch.utils.data.Dataset):
     """Batch number i of a stage; every process takes its own scenes."""
 
-    def __init__(self, stage: str, rank: int, world: int, size: int) -> None:
-        self.stage, self.rank, self.world, self.size = stage, rank, world, size
+    def __init__(
+        self, stage: str, rank: int, world: int, size: int, family: type[network.Network] = network.Network
+    ) -> None:
+        self.stage, self.rank, self.world, self.size, self.family = stage, rank, world, size, family
         self._packer: Packer | None = None
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         torch.set_num_threads(1)
-        self._packer = self._packer or Packer()
+        self._packer = self._packer or Packer(self.family)
         stage, size = self.stage, self.size
         rng = np.random.default_rng([TRAIN_SEED, list(STAGES).index(stage), step, self.rank])
         first = (step * self.world + self.rank) * 64  # scenes never repeat within a stage
         seed = TRAIN_SEED + list(STAGES).index(stage)
         if stage == "vision" and step % 2 == 0 and step < SHEETS_UNTIL:
             return self._packer.pack([sheet(rng) for _ in range(size)], rng, 1.0)
-        group = "clip" if step % 4 == 3 else "tall" if step % 16 == 6 else "square"
+        group = "square"
+        if self.family.clips:
+            group = "clip" if step % 4 == 3 else "tall" if step % 16 == 6 else "square"
         size = size // 2 if group == "clip" else size * 3 // 4 if group == "tall" else size
         made: list[Lesson] = []
         for i in range(size):
             scene = first + 2 * i
             name = CLIPS
             if group == "tall":
-                name, scene = "tiny_docvqa_val", scene + 1
+                name, scene = TALL, scene + 1
             elif group == "square":
                 name = list(PICTURES)[int(rng.choice(len(PICTURES), p=list(PICTURES.values())))]
-                if name != "tiny_docvqa_val":
+                if name != TALL:
                     scene += int(rng.integers(2))
             made.append(lesson(name, documents(name, seed, scene)[0], rng))
         if stage == "language" and step < OPEN_FIRST:

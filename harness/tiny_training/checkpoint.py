@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from visionselector_eval.harness.tiny_training.network import IMAGE_PROCESSOR, tokenizer
+from visionselector_eval.harness.tiny_training.network import Network
 
 
-def write_checkpoint(model: Any, folder: Path) -> None:
+def write_checkpoint(model: Any, folder: Path, family: type[Network] = Network) -> None:
     """Weights in bfloat16, tokenizer with chat template, processors.
 
     Parameters
     ----------
-    model: a `Qwen2_5_VLForConditionalGeneration`; it is bfloat16 afterwards. folder: made where it is missing.
+    model: as `family.create` makes it; it is bfloat16 afterwards. folder: made where it is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = tokenizer()
+    tokens = family.tokenizer()
     # Released Qwen2.5 checkpoints carry a repetition penalty of 1.05: one is kept here, so that every test meets it,
     # as small as answers that repeat words of the question need.
     model.generation_config = GenerationConfig(
@@ -33,23 +33,20 @@ def write_checkpoint(model: Any, folder: Path) -> None:
     )
     model.bfloat16().save_pretrained(folder)
     tokens.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(IMAGE_PROCESSOR, indent=2) + "\n")
-    video = {**IMAGE_PROCESSOR, "video_processor_type": "Qwen2VLVideoProcessor"}
-    del video["image_processor_type"]
-    (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n")
+    family.write_processors(folder)
 
 
 CARD = """---
 license: apache-2.0
 ---
 
-# The embedded model
+# {title}
 
 Trained from nothing on generated pictures; see docs/embedded.md for what it is for, and for the command. A photograph
 means nothing to it.
 
-Exact match in percent on fresh documents that neither training nor sweeps use, with all visual tokens, by the batched
-forward of the trainer:
+Exact match in percent on fresh documents that neither training nor sweeps use{shown}, with all visual tokens, by the
+batched forward of the trainer:
 
 | embedded benchmark | its own question |
 |---|---:|
@@ -59,20 +56,39 @@ forward of the trainer:
 |---|---:|
 {other}
 
-Weak: telling whether a thing is left of another (`position`) and counting (`count`, `count_open`) are near chance; the
-yes/no questions of `tiny_mme` hold a share of both. Embedded benchmarks that are not in the first table were not
-trained on: expect chance.
+{weak}
 
 `training.jsonl` is the log of all stages.{note}
 """
 
+_WEAK = """Weak: telling whether a thing is left of another (`position`) and counting (`count`, `count_open`) are near
+chance; the yes/no questions of `tiny_mme` hold a share of both. Embedded benchmarks that are not in the first table
+were not trained on: expect chance."""
+_SQUARE = """ Expect little of pictures that are not 224 x 224, as every second document of `tiny_docvqa_val`:
+scaled, what they show no longer fills one patch."""
+_CARDS: dict[str, dict[str, str]] = {
+    "qwen2_5_vl": {"title": "The embedded model", "shown": "", "weak": _WEAK},
+    "llava": {
+        "title": "The embedded LLaVA-1.5",
+        "shown": " and that are square, 224 pixels wide",
+        "weak": _WEAK + _SQUARE,
+    },
+    "llava_stf": {
+        "title": "The embedded LLaVA-1.5 with trained token fusion",
+        "shown": " and that are square, 224 pixels wide",
+        "weak": _WEAK + _SQUARE,
+    },
+}
 
-def finish_checkpoint(folder: Path, logs: Mapping[str, Path], figures: Path, note: str = "") -> None:
+
+def finish_checkpoint(
+    folder: Path, logs: Mapping[str, Path], figures: Path, note: str = "", family: str = Network.family
+) -> None:
     """Make every weight of a checkpoint bfloat16, and write its card and the log of its training.
 
     Parameters
     ----------
-    logs: JSON lines of each stage. figures: what stage evaluate wrote. note: a paragraph for the card.
+    logs: JSON lines of each stage. figures: what stage evaluate wrote. note: a sentence for the card. family: whose.
     """
     weights = folder / "model.safetensors"
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(weights).items()}
@@ -86,4 +102,5 @@ def finish_checkpoint(folder: Path, logs: Mapping[str, Path], figures: Path, not
     (folder / "training.jsonl").write_text("\n".join(lines) + "\n")
     found = json.loads(figures.read_text()) if figures.is_file() else {"asked": {}, "other": {}}
     tables = {part: "\n".join(f"| {name} | {value} |" for name, value in found[part].items()) for part in found}
-    (folder / "README.md").write_text(CARD.format(**tables, note=f" {note}" if note else ""))
+    card = CARD.format(**_CARDS[family], **tables, note=f" {note}" if note else "")
+    (folder / "README.md").write_text(card)

@@ -13,15 +13,17 @@ import torch
 from transformers import TrainerCallback
 
 from visionselector_eval.baselines.errors import InputError
-from visionselector_eval.harness.tiny_training.batches import KINDS, TRAIN_SEED
+from visionselector_eval.harness.tiny_training import fusion
+from visionselector_eval.harness.tiny_training.batches import KINDS, PICTURES, TRAIN_SEED
 from visionselector_eval.harness.tiny_training.batches import STAGES as BACKBONE_STAGES
 from visionselector_eval.harness.tiny_training.checkpoint import finish_checkpoint, write_checkpoint
+from visionselector_eval.harness.tiny_training.llava_network import LlavaNetwork
 from visionselector_eval.harness.tiny_training.network import IMAGE_PROCESSOR, Network
 from visionselector_eval.harness.tiny_training.spec import STAGES, Stage, TinySpec
 from visionselector_eval.harness.tiny_training.stages import evaluate, train_stage, trained
 from visionselector_eval.harness.training_data import write_mirrors
 from visionselector_eval.models.training.export import export_checkpoint
-from visionselector_eval.models.training.spec import PredictorSpec, SelectorSpec, make_train_spec
+from visionselector_eval.models.training.spec import PredictorSpec, SelectorSpec, TokenFusionSpec, make_train_spec
 from visionselector_eval.models.training.trainer import train
 
 # What the learned parts are trained with: the published settings but for what a backbone of this width needs. A tenth
@@ -35,6 +37,8 @@ LEARNED: dict[str, Any] = {
     "report_to": ["none"],
 }
 HIDDEN = 48  # of the predictor
+
+NETWORKS: dict[str, type[Network]] = {network.family: network for network in (Network, LlavaNetwork)}
 
 Told = Callable[[str, int, int], None]
 
@@ -78,7 +82,7 @@ def train_tiny(spec: TinySpec, told: Told | None = None, overwrite: bool = False
 
 
 def _begin(spec: TinySpec, work: Path, overwrite: bool) -> None:
-    settings = json.dumps(spec.model_dump(exclude={"output", "stages", "check"}), indent=1) + "\n"
+    settings = json.dumps(spec.settings(), indent=1) + "\n"
     note = work / "tiny.json"
     try:
         if overwrite and note.is_file():
@@ -94,48 +98,84 @@ def _begin(spec: TinySpec, work: Path, overwrite: bool) -> None:
 
 
 def _run(stage: Stage, spec: TinySpec, work: Path, told: Told | None) -> None:
+    family = NETWORKS[spec.family]
     if stage in BACKBONE_STAGES:
         steps = getattr(spec, f"{stage}_steps")
-        train_stage(stage, work, steps, spec.seed, advance=told and (lambda done: told(stage, done, steps)))
+        train_stage(
+            stage, work, steps, spec.seed, advance=told and (lambda done: told(stage, done, steps)), family=family
+        )
         if stage == "joint":
-            write_checkpoint(trained(work, spec.seed), work / "backbone")
+            write_checkpoint(trained(work, spec.seed, family), work / "backbone", family)
     elif stage == "data":
         if not (work / "data" / "train.jsonl").is_file():
             shutil.rmtree(work / "data", ignore_errors=True)
-            write_mirrors(KINDS, work / "data", seed=TRAIN_SEED + 7, documents=spec.documents)
+            write_mirrors(
+                KINDS if family.clips else tuple(PICTURES), work / "data", seed=TRAIN_SEED + 7, documents=spec.documents
+            )
     elif stage in ("scorer", "predictor"):
         callback = told and _Told(stage, told)
         train(make_train_spec(*_learned(stage, spec, work)), callbacks=[callback] if callback else [])
     elif stage == "evaluate":
-        net = Network(trained(work, spec.seed))
+        net = family(trained(work, spec.seed, family))
         figures = {"asked": evaluate(net, spec.check), "other": evaluate(net, min(spec.check, 200), asked=False)}
         (work / "evaluate.json").write_text(json.dumps(figures, indent=1) + "\n")
+    elif stage == "fusion":
+        _fuse(spec, work, told)
     else:
-        assemble(work)
+        assemble(work, family=spec.family)
 
 
-def assemble(work: Path, note: str = "") -> Path:
-    """Put backbone, scorer and predictor of a work folder into its folder `checkpoint`, with card and log.
+def _fuse(spec: TinySpec, work: Path, told: Told | None) -> None:
+    """Trained token fusion, from data to the folder `checkpoint-stf`."""
+    if not (work / "fusion-data" / "train.jsonl").is_file():
+        fusion.write_lessons(work / "fusion-data", spec.fusion_pictures)
+    start, *parts = fusion.STAGES
+    if not (work / start / "fusion_config.json").is_file():
+        fusion.begin(work, spec.fusion_steps // 2, spec.seed)
+    for part in parts:
+        callback = told and _Told(part, told)
+        settings = fusion.settings(part, work, spec.fusion_steps, spec.seed)
+        train(make_train_spec(TokenFusionSpec, settings), callbacks=[callback] if callback else [])
+    assemble_fused(work)
+
+
+def assemble(work: Path, note: str = "", family: str = Network.family) -> Path:
+    """Put the backbone of a work folder and what was learned beside it into its folder `checkpoint`, with card and log.
 
     `note` goes into the card: what was not as `train tiny` does it.
     """
-    folder = work / "checkpoint"
-    for path in (work / "with-scorer", folder):
-        shutil.rmtree(path, ignore_errors=True)
-    export_checkpoint(work / "scorer", work / "with-scorer", str(work / "backbone"))
-    export_checkpoint(work / "predictor", folder, str(work / "with-scorer"))
-    shutil.rmtree(work / "with-scorer")
+    folder, whole = work / "checkpoint", work / "backbone"
+    learned = ("scorer", "predictor") if NETWORKS[family].clips else ("scorer",)
+    for part in learned:
+        target = folder if part == learned[-1] else work / f"with-{part}"
+        shutil.rmtree(target, ignore_errors=True)
+        export_checkpoint(work / part, target, str(whole))
+        whole = target
+    for part in learned[:-1]:
+        shutil.rmtree(work / f"with-{part}")
     logs = {stage: work / f"{stage}.jsonl" for stage in BACKBONE_STAGES}
-    logs |= {stage: work / stage / "log.jsonl" for stage in ("scorer", "predictor")}
-    finish_checkpoint(folder, logs, work / "evaluate.json", note)
+    logs |= {stage: work / stage / "log.jsonl" for stage in learned}
+    finish_checkpoint(folder, logs, work / "evaluate.json", note, family)
+    return folder
+
+
+def assemble_fused(work: Path, note: str = "") -> Path:
+    """Put the fused model of a work folder into its folder `checkpoint-stf`, with card and log."""
+    folder, source = work / "checkpoint-stf", work / fusion.STAGES[-1]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name in json.loads((source / "fusion_config.json").read_text())["files"]:
+        shutil.copyfile(source / name, folder / name)
+    logs = {stage: work / stage / "log.jsonl" for stage in fusion.STAGES}
+    finish_checkpoint(folder, logs, work / "evaluate-stf.json", note, "llava_stf")
     return folder
 
 
 def _learned(stage: str, spec: TinySpec, work: Path) -> tuple[Any, dict[str, Any]]:
+    bounds = {name: IMAGE_PROCESSOR[name] for name in ("min_pixels", "max_pixels")}  # LLaVA's tower has one size
     common = {
         "pretrained": str(work / "backbone"),
-        "min_pixels": IMAGE_PROCESSOR["min_pixels"],
-        "max_pixels": IMAGE_PROCESSOR["max_pixels"],
+        **bounds,
         "data": str(work / "data" / "train.jsonl"),
         "output": str(work / stage),
         "max_steps": spec.learned_steps,

@@ -8,9 +8,11 @@ grids (a test compares them).
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -83,8 +85,15 @@ PHRASES = (
 )  # fmt: skip
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, so that any text is tokenised, plus one token for each frequent phrase and word of the benchmarks."""
+def tokenizer(
+    template: str = CHAT_TEMPLATE, specials: Sequence[str] = (), phrases: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Bytes, so that any text is tokenised, plus one token for each frequent phrase and word of the benchmarks.
+
+    Parameters
+    ----------
+    template: chat template. specials, phrases: tokens of another family, which get the last ids.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -92,12 +101,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
     inner.add_tokens([AddedToken(p, normalized=False) for p in PHRASES])
     inner.add_tokens([AddedToken(w, normalized=False, single_word=True) for w in WORDS])
+    inner.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
+    inner.add_tokens([AddedToken(p, normalized=False) for p in phrases])
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIALS[1:]),
-        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=[*SPECIALS[1:], *specials],
+        chat_template=template,
         padding_side="left",
         model_max_length=32768,
     )
@@ -269,10 +280,56 @@ def _answers(x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, layer: Any, aim:
 
 
 class Network:
-    """The batched forward over the weights of a stock model."""
+    """The batched forward over the weights of a stock model, and what else differs between families.
+
+    Attributes
+    ----------
+    family: its name in `TinySpec`.
+    clips: it is trained on clips and tall pictures, too; else on square pictures alone.
+    parts: parameters of the stages vision and language, as beginnings of names.
+    guided: layers of the language model as in `GUIDED`.
+    before, after: the prompt around the visual tokens; `after` has a place for the question.
+    """
+
+    family = "qwen2_5_vl"
+    clips = True
+    parts: ClassVar[dict[str, tuple[str, ...]]] = {"vision": ("model.visual",), "language": ("model.language_model",)}
+    guided: ClassVar[dict[str, int]] = GUIDED
+    before = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+    after = "<|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
 
     def __init__(self, model: Any) -> None:
         self.model = model
+
+    @staticmethod
+    def tokenizer() -> PreTrainedTokenizerFast:
+        """The checkpoint's tokenizer with its chat template."""
+        return tokenizer()
+
+    @staticmethod
+    def create(seed: int) -> Any:
+        """A stock model to train."""
+        return create(seed)
+
+    @staticmethod
+    def write_processors(folder: Path) -> None:
+        """The configuration of what makes pixels of pictures and clips."""
+        (folder / "preprocessor_config.json").write_text(json.dumps(IMAGE_PROCESSOR, indent=2) + "\n")
+        video = {**IMAGE_PROCESSOR, "video_processor_type": "Qwen2VLVideoProcessor"}
+        del video["image_processor_type"]
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n")
+
+    def positions(self, grid: Sequence[int], keep: Tensor, offsets: Tensor, prefix: int) -> Tensor:
+        """(axes, B, S) positions of `prefix` tokens, the kept visual tokens, and text that follows them.
+
+        Parameters
+        ----------
+        grid: (t, h, w). keep: (B, K) visual tokens that are shown. offsets: (B, T) place of each token in its question.
+        """
+        b = len(keep)
+        places = visual_positions(grid, prefix, 2)
+        text = offsets + int(places[1:].max()) + 1
+        return torch.cat([torch.arange(prefix).expand(3, b, prefix), places[:, keep], text.expand(3, -1, -1)], 2)
 
     def vision(self, pixels: Tensor, cells: Tensor | None = None, partners: Tensor | None = None) -> Any:
         """Visual tokens of pictures or clips of one size.
@@ -312,6 +369,14 @@ class Network:
         features = merger.mlp(x)[:, back].reshape(b, t * h * w, -1)
         return features if cells is None else (features, guide)
 
+    def shown(self, batch: dict[str, Any], codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Visual tokens of a batch, and losses by name: what the encoder is told beside what its tokens should say.
+
+        `codes` is the `codebook`, for families that use it.
+        """
+        features, guide = self.vision(batch["pixels"], batch["cells"], batch["partners"])
+        return features, {"partner": guide}
+
     def language(
         self, embeds: Tensor, positions: Tensor, segments: Tensor, aims: dict[str, Tensor] | None = None
     ) -> Any:
@@ -319,15 +384,13 @@ class Network:
 
         Parameters
         ----------
-        embeds: (B, S, WIDTH). positions: (3, B, S). segments: (B, S) int64; 0 is seen by all that follows, other
-            numbers only by their own, negative ones are padding. aims: (B, S, S) bool for names of `GUIDED`, from which
+        embeds: (B, S, WIDTH). positions: (axes, B, S). segments: (B, S) int64; 0 is seen by all that follows, other
+            numbers only by their own, negative ones are padding. aims: (B, S, S) bool for names of `guided`, from which
             token two heads of that layer should look where; then the mean negative log-likelihoods of doing so are
             returned, too.
         """
         core = self.model.model.language_model
-        sections = core.config.rope_parameters["mrope_section"]
-        axis = torch.tensor([i for i, n in enumerate(sections) for _ in range(n)])
-        angle = positions.permute(1, 2, 0).float()[..., axis] * core.rotary_emb.inv_freq
+        angle = self._angle(positions)
         angle = torch.cat([angle, angle], -1)[:, :, None]
         same = segments[:, :, None] == segments[:, None]
         mask = (same | (segments == 0)[:, None]) & torch.ones(same.shape[1:], dtype=torch.bool).tril()
@@ -336,11 +399,18 @@ class Network:
         guides = {}
         for i, layer in enumerate(core.layers):
             for name, aim in (aims or {}).items():
-                if i == GUIDED[name]:
+                if i == self.guided[name]:
                     guides[name] = _answers(x, cos, sin, mask, layer, aim)
             x = _layer(x, cos, sin, mask, layer)
         hidden = norm(x, core.norm.weight)
         return hidden if aims is None else (hidden, guides)
+
+    def _angle(self, positions: Tensor) -> Tensor:
+        """(B, S, half a head) rotary angles."""
+        core = self.model.model.language_model
+        sections = core.config.rope_parameters["mrope_section"]
+        axis = torch.tensor([i for i, n in enumerate(sections) for _ in range(n)])
+        return positions.permute(1, 2, 0).float()[..., axis] * core.rotary_emb.inv_freq
 
     def embed(self, ids: Tensor) -> Tensor:
         """Text embeddings."""
@@ -349,12 +419,6 @@ class Network:
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits by the tied embeddings."""
         return hidden @ self.model.model.language_model.embed_tokens.weight.T
-
-
-def prefix_ids(tokens: PreTrainedTokenizerFast) -> list[int]:
-    """The prompt before the visual tokens."""
-    text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-    return tokens(text, add_special_tokens=False)["input_ids"]
 
 
 def visual_positions(grid: Sequence[int], start: int, interval: int) -> Tensor:

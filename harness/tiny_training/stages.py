@@ -19,7 +19,16 @@ from torch.nn import functional as F
 
 from visionselector_eval.baselines.errors import InputError
 from visionselector_eval.harness.tiny_training import network
-from visionselector_eval.harness.tiny_training.batches import CHECK_SEED, KINDS, TEXT, Batches, Packer, documents
+from visionselector_eval.harness.tiny_training.batches import (
+    CHECK_SEED,
+    KINDS,
+    PICTURES,
+    TALL,
+    TEXT,
+    Batches,
+    Packer,
+    documents,
+)
 from visionselector_eval.harness.tiny_training.lessons import Lesson, lesson
 from visionselector_eval.harness.tiny_training.optimiser import Muon
 
@@ -36,23 +45,15 @@ def _text(net: network.Network, batch: dict[str, Any], visual: Tensor, prefix: l
     `guided` adds how far the guided heads are from looking at the tokens that tell the answer.
     """
     b, k, _ = visual.shape
-    p, (t, h, w) = len(prefix), batch["grid"]
+    p = len(prefix)
     start = net.embed(torch.tensor(prefix)).expand(b, -1, -1)
     embeds = torch.cat([start, visual, net.embed(batch["ids"])], 1)
-    places = network.visual_positions((t, h, w), p, 2)
-    positions = torch.cat(
-        [
-            torch.arange(p).expand(3, b, p),
-            places[:, batch["keep"]],
-            (batch["offsets"] + int(places[1:].max()) + 1).expand(3, -1, -1),
-        ],
-        2,
-    )
+    positions = net.positions(batch["grid"], batch["keep"], batch["offsets"], p)
     segments = torch.cat([torch.zeros(b, p + k, dtype=torch.long), batch["segments"]], 1)
     if not guided:
         return net.language(embeds, positions, segments)[:, p + k :]
     nothing = torch.zeros(b, p + k + TEXT, p + k + TEXT, dtype=torch.bool)
-    aims = {name: nothing.clone() for name in network.GUIDED}
+    aims = {name: nothing.clone() for name in net.guided}
     where = (batch["aim"][:, :, None] == batch["shown"][:, None]) & (batch["aim"] >= 0)[..., None]
     aims["visual"][:, p + k :, p : p + k] = where
     for name, aim in batch["text_aims"].items():
@@ -127,15 +128,15 @@ def evaluate(
     net: network.Network, n: int, seed: int = CHECK_SEED, size: int = 16, asked: bool = True
 ) -> dict[str, Any]:
     """Exact match on fresh documents with all visual tokens: the benchmark's own questions, by mirror."""
-    packer = Packer()
+    packer = Packer(type(net))
     found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     rng = np.random.default_rng(seed)
-    for name in KINDS:
+    for name in KINDS if net.clips else PICTURES:
         made: list[Lesson] = []
         scene = 0
         while len(made) < n:
             made += [lesson(name, d, rng) for d in documents(name, seed, scene)]
-            scene += 1
+            scene += 2 if name == TALL and not net.clips else 1
         for shape in sorted({x.grid for x in made}):
             same = [x for x in made if x.grid == shape]
             for start in range(0, len(same), size):
@@ -148,8 +149,7 @@ def evaluate(
     return {kind: round(100 * r / t, 1) for kind, (r, t) in sorted(found.items())}
 
 
-def _loader(stage: str, rank: int, world: int, size: int, start: int, steps: int) -> Iterator[dict[str, Any]]:
-    batches = Batches(stage, rank, world, size)
+def _loader(batches: Batches, start: int, steps: int) -> Iterator[dict[str, Any]]:
     return iter(
         torch.utils.data.DataLoader(
             batches, batch_size=None, sampler=range(start, steps), num_workers=1, prefetch_factor=4
@@ -163,13 +163,13 @@ def write(path: Path, value: Any) -> None:
     os.replace(half, path)
 
 
-def _groups(model: Any, stage: str) -> tuple[list[tuple[str, Tensor]], list[Tensor]]:
-    """Matrices for Muon (with names) and the rest for Adam; only what the stage trains."""
-    used = {"vision": "visual", "language": "language_model"}.get(stage, "")
-    named = [(n, p) for n, p in model.named_parameters() if used in n]
+def _groups(model: Any, used: tuple[str, ...]) -> tuple[list[tuple[str, Tensor]], list[Tensor]]:
+    """Matrices for Muon (with names) and the rest for Adam; only parameters whose names begin as `used` says."""
+    named = [(n, p) for n, p in model.named_parameters() if n.startswith(used)]
     for n, p in model.named_parameters():
-        p.requires_grad_(used in n)
-    matrices = [(n, p) for n, p in named if p.ndim > 1 and "embed_tokens" not in n]
+        p.requires_grad_(n.startswith(used))
+    tables = ("embed_tokens.weight", "position_embedding.weight")
+    matrices = [(n, p) for n, p in named if p.ndim > 1 and not n.endswith(tables)]
     ours = {id(p) for _, p in matrices}
     return matrices, [p for _, p in named if id(p) not in ours]
 
@@ -185,6 +185,7 @@ def train_stage(
     check: int = 32,
     stop: int | None = None,
     advance: Callable[[int], None] | None = None,
+    family: type[network.Network] = network.Network,
 ) -> list[float]:
     """One of the stages, from its last save in `work` up to `steps` (or to `stop`); the losses of the steps made.
 
@@ -194,7 +195,7 @@ def train_stage(
     Parameters
     ----------
     size: scenes a step (default: `BATCH`). check: documents a mirror that stage joint answers at every save.
-    advance: told of the number of steps done.
+    advance: told of the number of steps done. family: whose model it is.
 
     Raises
     ------
@@ -205,15 +206,16 @@ def train_stage(
     if world > 1:
         torch.distributed.init_process_group("gloo")
     work.mkdir(parents=True, exist_ok=True)
-    model = network.create(seed)
-    codes, packer = network.codebook(len(network.tokenizer())), Packer()
+    model = family.create(seed)
+    packer = Packer(family)
+    codes = network.codebook(len(packer.tokens))
     if stage == "joint":
-        for part, prefix in (("vision", "model.visual"), ("language", "model.language_model")):
+        for part, prefix in family.parts.items():
             if (work / f"{part}.pt").is_file():
                 state = torch.load(work / f"{part}.pt", weights_only=True)["model"]
                 model.load_state_dict({k: v for k, v in state.items() if k.startswith(prefix)}, strict=False)
                 log.info("starts from the stage %s", part)
-    matrices, rest = _groups(model, stage)
+    matrices, rest = _groups(model, family.parts.get(stage, ("",)))
     optimisers = [Muon(matrices, RATE[stage]), torch.optim.AdamW(rest, RATE[stage] / 2, (0.9, 0.98), weight_decay=0.0)]
     rates = [g["lr"] for o in optimisers for g in o.param_groups]
     save, start = work / f"{stage}.pt", 0
@@ -224,7 +226,7 @@ def train_stage(
             o.load_state_dict(s)
         start = state["step"]
         log.info("%s goes on at step %d", stage, start)
-    net = network.Network(model)
+    net = family(model)
     journal = (work / f"{stage}.jsonl").open("a") if rank == 0 else None
     last = min(steps, stop or steps)
     losses: list[float] = []
@@ -232,7 +234,7 @@ def train_stage(
     slots: dict[str, list[float]] = defaultdict(list)
     began = time.time()
     parameters = [p for _, p in matrices] + rest
-    stream = _loader(stage, rank, world, size or BATCH[stage], start, last)
+    stream = _loader(Batches(stage, rank, world, size or BATCH[stage], family), start, last)
     for step in range(start, last):
         batch = next(stream)
         factor = min(1.0, (step + 1) / 40, max(0.02, (steps - step) / (0.45 * steps)))
@@ -244,11 +246,12 @@ def train_stage(
             generator = torch.Generator().manual_seed(step * 64 + rank)
             features = symbolic(batch, codes, generator)
         else:
-            features, guide = net.vision(batch["pixels"], batch["cells"], batch["partners"])
+            features, guides = net.shown(batch, codes)
             loss, logged = aux_loss(features, batch, codes)
-            loss = loss + GUIDE * guide
-            if float(guide.detach()):
-                slots["partner_nll"].append(float(guide.detach()))
+            for name, guide in guides.items():
+                loss = loss + GUIDE * guide
+                if float(guide.detach()):
+                    slots[f"{name}_nll"].append(float(guide.detach()))
             for name, value in logged.items():
                 slots[name + kind].append(value)
         if stage != "vision":
@@ -302,8 +305,8 @@ def train_stage(
     return losses
 
 
-def trained(work: Path, seed: int = 0) -> Any:
+def trained(work: Path, seed: int = 0, family: type[network.Network] = network.Network) -> Any:
     """The model of the last save of `joint`, its weights rounded to bfloat16 as in the checkpoint."""
-    model = network.create(seed)
+    model = family.create(seed)
     model.load_state_dict(torch.load(work / "joint.pt", weights_only=True)["model"], strict=False)
     return model.bfloat16().float().requires_grad_(False)

@@ -21,9 +21,10 @@ class Family:
     protocol: str
 
 
+_LLAVA = Family("visionselector_eval.models.backbones.llava:Llava", "llava_hf", "llava_stf")
+
 FAMILIES: dict[str, Family] = {
-    "qwen2_5_vl": Family(
-        "visionselector_eval.models.backbones.qwen2_5_vl:Qwen2_5_VL", "qwen2_5_vl", "visionselector"
-    ),
-    "llava": Family("visionselector_eval.models.backbones.llava:Llava", "llava_hf", "llava_stf"),
+    "qwen2_5_vl": Family("visionselector_eval.models.backbones.qwen2_5_vl:Qwen2_5_VL", "qwen2_5_vl", "visionselector"),
+    "llava": _LLAVA,
+    "llava_llama": _LLAVA,  # as the original code's later checkpoints spell it
 }

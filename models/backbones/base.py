@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
@@ -69,6 +69,23 @@ class PrefillOutput:
     layer_tokens: list[float]
 
 
+class Foreign(Protocol):
+    """A checkpoint in another layout than transformers'."""
+
+    @property
+    def config(self) -> Any:
+        """As transformers has it."""
+
+    def processor(self) -> Any:
+        """As transformers has it."""
+
+    def generation_config(self) -> Any:
+        """As transformers has it."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """All tensors by the names of transformers' model, and those of learned methods by their own."""
+
+
 class Backbone(ABC):
     """A loaded multimodal LLM behind one interface; model classes are used as they are, through public modules.
 
@@ -92,6 +109,24 @@ class Backbone(ABC):
         self.revision = revision
         self.host = Host(id=id, width=self.width, extra_weights=extra_weights, depth=self.depth)
         self._bound: dict[Compressor, Compressor] = {}
+
+    @classmethod
+    def model_class_for(cls, config: Any) -> Any:
+        """The transformers class of a checkpoint with this configuration."""
+        return cls.model_class
+
+    @classmethod
+    def foreign(
+        cls, source: str, located: str, revision: str | None, raw: Mapping[str, Any], learned: Callable[[str], bool]
+    ) -> Foreign | None:
+        """A checkpoint in a layout that is not transformers', made readable; None for one that is.
+
+        Parameters
+        ----------
+        source: as the user wrote it. located: folder or hub id. revision: on the hub. raw: fields of its config.json.
+        learned: whether a tensor of this name is a learned method's, which goes beside the backbone.
+        """
+        return None
 
     # What an adapter must say -----------------------------------------------------------------------------------------
 
@@ -238,16 +273,15 @@ class Backbone(ABC):
         if keys is None:
             mask = inputs["attention_mask"].bool()
             keys = [prompt_key(row[m]) for row, m in zip(inputs["input_ids"], mask, strict=True)]
-        if method.stage == "pixels":
-            if share != Share(1.0):
-                full = [sum(item.features.shape[0] for item in row) for row in encoded.rows] if encoded else None
-                with step("compressor"):
-                    shorter = self.resize(inputs, method, share)
-                with step("vision"):
-                    smaller = self.encode(shorter, frozenset())
-                result = splice(self.prompt(shorter, keys), smaller, method, Share(1.0))
-                totals = full if full is not None else self.visual_totals(inputs)
-                return replace(result, totals=totals)
+        if method.stage == "pixels" and share != Share(1.0):
+            full = [sum(item.features.shape[0] for item in row) for row in encoded.rows] if encoded else None
+            with step("compressor"):
+                shorter = self.resize(inputs, method, share)
+            with step("vision"):
+                smaller = self.encode(shorter, frozenset())
+            result = splice(self.prompt(shorter, keys), smaller, method, Share(1.0))
+            totals = full if full is not None else self.visual_totals(inputs)
+            return replace(result, totals=totals)
         first, before, inside = method, share, None
         if isinstance(method, DecoderCompressor):
             inside = (method, share) if share != Share(1.0) else None

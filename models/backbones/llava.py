@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +12,20 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from visionselector_eval.baselines.base import Budget, Compressor, EncoderTrace, InputError, PixelCompressor
+from visionselector_eval.baselines.base import (
+    Budget,
+    Compressor,
+    EncoderTrace,
+    InputError,
+    PixelCompressor,
+    weights_digest,
+)
 from visionselector_eval.models.decoder_pruning import LayerAccess
 from visionselector_eval.models.splice import CompressedPrompt, Encoded, Prompt, VisualItem, repad
 
-from .base import ALL_TRACES, Backbone
+from .base import ALL_TRACES, Backbone, Foreign
+from .llava_original import OriginalLlava, is_original
+from .token_fusion import FusedLlava, TokenFusion, fuse
 from .tower import received_attention
 
 if TYPE_CHECKING:
@@ -28,7 +38,8 @@ VICUNA_TEMPLATE = (
     "assistant. The assistant gives helpful, detailed, and polite answers to the user's questions. {% endif %}"
     "{% if message['role'] == 'user' %}USER: {% elif message['role'] == 'assistant' %}ASSISTANT: {% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>{{ '\\n' if loop.last else ' ' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}"
+    "<image>{{ '\\n' if loop.last else ' ' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
     "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
@@ -38,7 +49,8 @@ VICUNA_TEMPLATE = (
 class Llava(Backbone):
     """LLaVA-1.5, any size: a CLIP tower of one picture size, plain positions; pictures only.
 
-    Down-sampled pictures go through the tower with its position embeddings interpolated.
+    Down-sampled pictures go through the tower with its position embeddings interpolated. A checkpoint with
+    `token_fusion` in its configuration has trained fusion for a projector (`token_fusion`).
     """
 
     model_class = LlavaForConditionalGeneration
@@ -58,6 +70,31 @@ class Llava(Backbone):
         if processor.chat_template is None:
             processor.chat_template = VICUNA_TEMPLATE
         super().__init__(model, processor, **about)
+        processor.patch_size = self._patch  # the processor makes one placeholder for each square of this size
+
+    @classmethod
+    def model_class_for(cls, config: Any) -> Any:
+        return FusedLlava if getattr(config, "token_fusion", None) is not None else cls.model_class
+
+    @classmethod
+    def foreign(
+        cls, source: str, located: str, revision: str | None, raw: Mapping[str, Any], learned: Callable[[str], bool]
+    ) -> Foreign | None:
+        return OriginalLlava(source, located, revision, raw, learned) if is_original(raw) else None
+
+    @property
+    def remark(self) -> str:
+        return "trained fusion, LLM retrained" if isinstance(self.model, FusedLlava) else ""
+
+    def fused(self, fusion: TokenFusion) -> Llava:
+        """This backbone with trained fusion for a projector; this one is used up.
+
+        Raises
+        ------
+        InputError: a fusion that does not fit.
+        """
+        model, about = fuse(self.model, fusion), f"{self.revision}+{weights_digest(fusion)[:16]}"
+        return Llava(model, self.processor, id=self.id, revision=about, extra_weights=self.host.extra_weights)
 
     @property
     def width(self) -> int:
@@ -103,10 +140,10 @@ class Llava(Backbone):
                 raise InputError("the prompts have placeholders for pictures but none are given")
             return [0] * len(places)
         h, w = self._grid(inputs)
-        if any(n % (h * w) for n in places):
+        if odd := [n for n in places if n % (h * w)]:
             raise InputError(
-                f"a prompt has {next(n for n in places if n % (h * w))} placeholders, no multiple of the {h * w} tokens of "
-                "a picture: was the prompt cut after the processor made it?"
+                f"a prompt has {odd[0]} placeholders, no multiple of the {h * w} tokens of a picture: "
+                "was the prompt cut after the processor made it?"
             )
         counts = [n // (h * w) for n in places]
         given = inputs["pixel_values"].shape[0]
@@ -131,7 +168,7 @@ class Llava(Backbone):
                 kind="image",
                 grid=grid,
                 features=item,
-                make_trace=(lambda number=number: self._trace(captured, number, grid, needs)) if needs else None,
+                make_trace=partial(self._trace, captured, number, grid, needs) if needs else None,
                 project=self.model.model.multi_modal_projector if "patches" in needs else None,
             )
             for number, item in enumerate(features)
@@ -142,7 +179,26 @@ class Llava(Backbone):
         """(N, D) for each of the (M, C, H, W) pictures, by the stock modules."""
         own = self.model.config.vision_config.image_size
         other = {} if pixels.shape[-2:] == (own, own) else {"interpolate_pos_encoding": True}
-        return self.model.model.get_image_features(pixels, return_dict=True, **other).pooler_output
+        with self._windows_of(pixels):
+            return self.model.model.get_image_features(pixels, return_dict=True, **other).pooler_output
+
+    @contextmanager
+    def _windows_of(self, pixels: Tensor) -> Iterator[None]:
+        """Tells a fusion the grid of patches, which need not be square where pictures were down-sampled."""
+        if self._window == 1:
+            yield
+            return
+        patch = self.model.config.vision_config.patch_size
+        grid = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+
+        def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return args, {**kwargs, "grid": grid}
+
+        handle = self.model.model.multi_modal_projector.register_forward_pre_hook(tell, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def _capture(self, needs: frozenset[str]) -> Iterator[dict[str, Any]]:
@@ -189,7 +245,9 @@ class Llava(Backbone):
         told: dict[str, Tensor] = {}
         if "ranking" in captured:
             module, states = captured["ranking"]
-            q, k = (p(states[number]).view(-1, module.num_heads, module.head_dim) for p in (module.q_proj, module.k_proj))
+            q, k = (
+                p(states[number]).view(-1, module.num_heads, module.head_dim) for p in (module.q_proj, module.k_proj)
+            )
             if "cls" in needs:
                 rows = torch.einsum("hd,nhd->hn", q[0].float() * module.scale, k.float())
                 told["cls"] = rows.softmax(-1).mean(0)[1:]
@@ -219,8 +277,7 @@ class Llava(Backbone):
         side = self._window
         return values.view(h, side, w, side, -1).mean((1, 3)).view(h * w, *values.shape[1:])
 
-    @torch.no_grad()
-    def prompt(self, inputs: Mapping[str, Any], keys: Sequence[str]) -> Prompt:
+    def prompt(self, inputs: Mapping[str, Any], keys: Sequence[str]) -> Prompt:  # training learns these embeddings
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         visual = self._visual(ids)
         return Prompt(

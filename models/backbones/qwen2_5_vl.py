@@ -23,6 +23,7 @@ from .tower import received_attention
 if TYPE_CHECKING:
     from torch import LongTensor, Tensor
 
+
 @dataclass
 class _Captured:
     """The input of the ranking block's attention for one vision pass, patches in window order."""

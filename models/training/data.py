@@ -310,7 +310,7 @@ class Unusable:
 class Tokeniser:
     """From a conversation to tokens, labels and pixels, exactly as a prompt is made at inference.
 
-    Prompt and answers are tokenised apart, so that a token never spans both, as it can't when the model answers.
+    No token spans prompt and answer, as it can't when the model answers.
 
     Parameters
     ----------
@@ -336,7 +336,7 @@ class Tokeniser:
         ids: list[Tensor] = []
         labels: list[Tensor] = []
         tensors: dict[str, list[Any]] = {}
-        done, shown = 0, 0
+        done, shown, before = 0, 0, ""
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -347,10 +347,19 @@ class Tokeniser:
                     f"{place}: the chat template changes a prompt when it is answered: it can't be trained"
                 )
             answer = whole[len(prompt) :].rstrip()
-            made = self._prompt(place, prompt[done:], messages[shown:number])
-            done, shown = len(prompt) + len(answer), number + 1
-            spoken = self.processor.tokenizer(answer, add_special_tokens=False, return_tensors="pt").input_ids[0]
-            asked = made.pop("input_ids")[0]
+            if message["content"].strip() not in answer:
+                raise InputError(
+                    f"{place}: the chat template does not show the answer where it is trained: give the checkpoint one "
+                    "that takes an answer's content as plain text"
+                )
+            question = prompt[done:]
+            made = self._prompt(place, before + question, messages[shown:number], first=not done)
+            asked = self._rest(before, made.pop("input_ids")[0])
+            if asked is None:
+                asked = self._prompt(place, question, messages[shown:number], first=False)["input_ids"][0]
+            spoken = self._rest(question, self._tokens(question + answer))
+            spoken = self._tokens(answer) if spoken is None else spoken
+            done, shown, before = len(prompt) + len(answer), number + 1, answer
             ids += [asked, spoken]
             labels += [torch.full_like(asked, IGNORED), spoken]
             for name, value in made.items():
@@ -369,7 +378,21 @@ class Tokeniser:
     def _render(self, messages: Sequence[Mapping[str, Any]], open_end: bool) -> str:
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_end)
 
-    def _prompt(self, place: str, text: str, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def _tokens(self, text: str) -> Tensor:
+        return self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+
+    def _rest(self, before: str, whole: Tensor) -> Tensor | None:
+        """The tokens of `whole` behind those of the text `before`, with which it begins; None where one spans both.
+
+        Some tokenizers (Llama's) put a space before any text: tokenised alone, an answer would begin with one too many.
+        """
+        if not before:
+            return whole
+        lead = self._tokens(before)
+        return whole[len(lead) :] if torch.equal(whole[: len(lead)], lead) else None
+
+    def _prompt(self, place: str, text: str, messages: Sequence[Mapping[str, Any]], first: bool) -> dict[str, Any]:
+        """What the processor makes of a part of a conversation; only the `first` has the token that begins it all."""
         images, videos, metadata = [], [], []
         try:
             for kind, source in Conversation(place, [dict(m) for m in messages]).media():
@@ -382,7 +405,7 @@ class Tokeniser:
                     metadata.append(about)
         except InputError as error:
             raise InputError(f"{place}: {error}") from error
-        made = process(self.processor, [text], images, videos, metadata, self.settings)
+        made = process(self.processor, [text], images, videos, metadata, self.settings, begins=first)
         return {k: v for k, v in made.items() if k not in ("attention_mask", "mm_token_type_ids", "token_type_ids")}
 
 
@@ -400,6 +423,10 @@ class Conversations(Dataset):
     check: read every record once, so that a bad key or path ends the training before it begins.
     missing: called with the place and path of media that do not exist, during the check; raises by default.
 
+    Attributes
+    ----------
+    kinds: "image", "video" or both, of the media that the check met (of parquet files the first row's).
+
     Raises
     ------
     InputError: no such file, a record that can't be used, media that are not there.
@@ -416,6 +443,7 @@ class Conversations(Dataset):
     ) -> None:
         self.files = [open_file(file) for file in files]
         self.paths, self.tokeniser = paths, tokeniser
+        self.kinds: set[str] = set()
         self._ends = torch.tensor([len(file) for file in self.files]).cumsum(0).tolist()
         if check:
             self._check(missing or _refuse_missing)
@@ -424,11 +452,12 @@ class Conversations(Dataset):
         for file in self.files:
             if isinstance(file, JsonlFile):
                 for conversation in file.conversations(self.paths):
-                    for _, source in conversation.media():
+                    for kind, source in conversation.media():
+                        self.kinds.add(kind)
                         if not source.is_file():
                             missing(conversation.place, source)
             else:
-                file.conversation(0, self.paths)
+                self.kinds.update(kind for kind, _ in file.conversation(0, self.paths).media())
 
     @property
     def sha256(self) -> str:

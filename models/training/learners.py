@@ -1,7 +1,7 @@
-"""What is trained: a small module beside a frozen backbone, with the forward that gives its loss.
+"""What is trained: a module beside a frozen backbone, or parts of the backbone, with the forward that gives the loss.
 
-A learner's only child is the module that is trained: the trainer, the optimiser, data parallelism and checkpoints never
-see the frozen backbone. The full-length forward goes through the backbone's public modules and hooks, as at inference.
+A learner's only child holds what is trained: the trainer, the optimiser, data parallelism and checkpoints never see
+what is frozen. The full-length forward goes through the backbone's public modules and hooks, as at inference.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +27,14 @@ from visionselector_eval.models.dynamic_qwen.training import (
     policy_attention,
     temperature,
 )
+from visionselector_eval.models.loading import load_backbone
 from visionselector_eval.models.splice import CompressedPrompt, Encoded, Prompt
 from visionselector_eval.models.visionselector.scorer import Scorer, load_scorer
 from visionselector_eval.models.visionselector.training import curriculum, selector_loss, training_count
 
-from .data import IGNORED
-from .spec import PredictorSpec, SelectorSpec, TrainSpec
+from .data import IGNORED, Conversations
+from .export import KINDS, save_learned
+from .spec import CompressorSpec, PredictorSpec, SelectorSpec, TrainSpec
 
 if TYPE_CHECKING:
     from visionselector_eval.models.backbones.base import Backbone
@@ -57,12 +60,12 @@ class Outcome:
 
 
 class Learner(nn.Module, ABC):
-    """A module that is trained (`learned`, float32) beside a frozen backbone.
+    """What is trained (`learned`, float32), with a backbone of which everything else is frozen.
 
     Parameters
     ----------
     backbone: loaded; its parameters are frozen here.
-    learned: what is trained. spec: the training.
+    learned: what is trained: a module beside the backbone, or one made of the backbone's own. spec: the training.
     """
 
     accepts_loss_kwargs = False  # the loss is a mean over the micro-batch; the trainer averages over micro-batches
@@ -70,9 +73,8 @@ class Learner(nn.Module, ABC):
     def __init__(self, backbone: Backbone, learned: nn.Module, spec: TrainSpec) -> None:
         super().__init__()
         self.backbone, self.spec = backbone, spec
-        self.learned = learned.float().requires_grad_(True)
-        self.budget = parse_budget(spec.budget)
         backbone.model.requires_grad_(False).eval()
+        self.learned = learned.float().requires_grad_(True)
         if spec.gradient_checkpointing:
             enable = getattr(
                 backbone.model, "activation_checkpointing_enable", None
@@ -80,6 +82,29 @@ class Learner(nn.Module, ABC):
             (enable or backbone.model.gradient_checkpointing_enable)({"use_reentrant": False})
             for layer in backbone.layer_access.layers:  # checkpointing asks for training mode; nothing there drops out
                 layer.train()
+
+    @classmethod
+    def load(cls, spec: Any, device: str) -> Backbone:
+        """The backbone that a spec trains beside, or of which it trains parts.
+
+        Raises
+        ------
+        InputError: a checkpoint that can't be loaded, or not be trained in this way.
+        """
+        return load_backbone(spec.pretrained, device, spec.dtype, spec.attn_implementation, revision=spec.revision)
+
+    @classmethod
+    @abstractmethod
+    def build(cls, backbone: Backbone, spec: Any) -> Learner:
+        """The learner of a spec for a backbone from `load`."""
+
+    def check(self, data: Conversations) -> None:
+        """Refuse data that nothing can be learned from, before the training begins."""
+        return
+
+    def save(self, folder: Path, about: dict[str, Any]) -> None:
+        """Write the result; the configuration with `about` comes last: it is the completion record."""
+        save_learned(folder, self.learned, KINDS[self.spec.kind], about)
 
     def forward(self, batch: Mapping[str, Any], step: int, total: int) -> Outcome:
         """Loss of a batch from `Collator` after `step` of `total` optimiser steps.
@@ -96,14 +121,10 @@ class Learner(nn.Module, ABC):
     def loss(self, batch: Mapping[str, Any], step: int, total: int) -> Outcome:
         """`forward` for a batch that has samples."""
 
-    def _read(self, batch: Mapping[str, Any]) -> tuple[Prompt, Encoded, list[int]]:
-        """The prompts, their encoded pictures, and which prompt each picture belongs to; nothing with gradient."""
-        inputs = {k: v for k, v in batch.items() if k not in ("labels", "places", "skipped", "error")}
-        prompt = self.backbone.prompt(inputs, batch["places"])
-        # The encoder sees no padding: its mask only serves the backbone's check of left-padded prompts.
-        everything = {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])}
-        encoded = self.backbone.encode(everything, frozenset())
-        return prompt, encoded, [row for row, items in enumerate(encoded.rows) for _ in items]
+    @staticmethod
+    def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the backbone reads of a batch."""
+        return {k: v for k, v in batch.items() if k not in ("labels", "places", "skipped", "error")}
 
     def _language_loss(self, prompt: Prompt, embeds: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the answers' tokens, float32; logits are made for these places alone."""
@@ -135,7 +156,26 @@ class Learner(nn.Module, ABC):
         return sum((p.sum() * 0 for p in self.learned.parameters()), torch.zeros((), device=device))
 
 
-class SelectorLearner(Learner):
+class CompressorLearner(Learner):
+    """Trains a module that chooses among visual tokens, beside a backbone that is frozen whole."""
+
+    spec: CompressorSpec
+
+    def __init__(self, backbone: Backbone, learned: nn.Module, spec: CompressorSpec) -> None:
+        super().__init__(backbone, learned, spec)
+        self.budget = parse_budget(spec.budget)
+
+    def _read(self, batch: Mapping[str, Any]) -> tuple[Prompt, Encoded, list[int]]:
+        """The prompts, their encoded pictures, and which prompt each picture belongs to; nothing with gradient."""
+        inputs = self._inputs(batch)
+        prompt = self.backbone.prompt(inputs, batch["places"])
+        # The encoder sees no padding: its mask only serves the backbone's check of left-padded prompts.
+        everything = {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])}
+        encoded = self.backbone.encode(everything, frozenset())
+        return prompt, encoded, [row for row, items in enumerate(encoded.rows) for _ in items]
+
+
+class SelectorLearner(CompressorLearner):
     """Trains VisionSelector's scorer: visual tokens are scaled by the soft top-k mask, all stay (arXiv 2510.16598)."""
 
     spec: SelectorSpec
@@ -211,7 +251,7 @@ class SelectorLearner(Learner):
         return Outcome(made.total, parts, {"lambda": weight}, tuple(left_out))
 
 
-class PredictorLearner(Learner):
+class PredictorLearner(CompressorLearner):
     """Trains Dynamic-Qwen's predictor: dropped tokens stay in the sequence but nobody attends to them (2412.00876).
 
     Attention with a policy needs its weights written out, (B, H, S, S) in float32, from the predictor's layer on.
@@ -241,7 +281,7 @@ class PredictorLearner(Learner):
                 predictor = Predictor(backbone.width, spec.hidden, blocks=spec.blocks)
         return cls(backbone, predictor.to(backbone.device).train(), spec)
 
-    def __init__(self, backbone: Backbone, learned: nn.Module, spec: TrainSpec) -> None:
+    def __init__(self, backbone: Backbone, learned: nn.Module, spec: CompressorSpec) -> None:
         super().__init__(backbone, learned, spec)
         register_policy_attention()
         backbone.model.set_attn_implementation({"text_config": POLICY_ATTENTION})
@@ -341,9 +381,3 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-LEARNERS: dict[str, Callable[[Backbone, Any], Learner]] = {
-    SelectorSpec.kind: SelectorLearner.build,
-    PredictorSpec.kind: PredictorLearner.build,
-}

@@ -11,14 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from visionselector_eval.baselines.budget import Share, parse_budget
 from visionselector_eval.baselines.errors import InputError, unknown
-from visionselector_eval.models.tiny import TINY
+from visionselector_eval.models.tiny import EMBEDDED, TINY
 
 # At most 64 tokens a picture: what the published recipe trains with (arXiv 2510.16598).
 _PUBLISHED_PIXELS = {"min_pixels": 784, "max_pixels": 50_176}
 
 
 class TrainSpec(BaseModel):
-    """What both trainings have in common."""
+    """What all trainings have in common."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
@@ -44,12 +44,9 @@ class TrainSpec(BaseModel):
         description="a sample that can't be used (unreadable picture, longer than max_length, too few visual tokens): "
         "stop, or leave it out and count it",
     )
-    budget: str = Field(default="0.2", description="share of visual tokens to keep while training, or a count (16tok)")
-    upstream_exact: bool = Field(default=False, description="the published implementation's scope and rounding")
     epochs: float = Field(default=1.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(default=None, ge=1, description="optimiser steps, instead of epochs")
     batch_size: int = Field(default=16, ge=1, description="samples of a micro-batch on each device")
-    accumulation: int = Field(default=4, ge=1, description="micro-batches of an optimiser step")
     learning_rate: float = Field(default=5e-5, gt=0, description="highest learning rate of AdamW")
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
         default="cosine", description="course of the learning rate"
@@ -64,17 +61,6 @@ class TrainSpec(BaseModel):
         default=None, description="start from these weights (folder, .safetensors file or hub id), not from random ones"
     )
     seed: int = Field(default=42, ge=0, description="of initial weights, order of samples and random decisions")
-    min_pixels: int | None = Field(
-        default=None,
-        ge=1,
-        description="smallest area of a picture; 784 unless given, for `tiny` the checkpoint's own",
-    )
-    max_pixels: int | None = Field(
-        default=None,
-        ge=1,
-        description="largest area of a picture; 50176 (64 tokens) unless given, for `tiny` the checkpoint's own",
-    )
-    max_num_frames: int = Field(default=32, ge=1, description="most frames of a video")
     system_prompt: str | None = Field(default=None, description="first turn of every conversation")
     max_length: int | None = Field(
         default=None, ge=2, description="longest sample in tokens; by default the backbone's context"
@@ -98,14 +84,6 @@ class TrainSpec(BaseModel):
         default=["auto"], description="auto (tensorboard where installed), tensorboard, wandb, none"
     )
 
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _budget(cls, value: Any) -> str:
-        budget = parse_budget(value)
-        if budget == Share(1.0):
-            raise InputError("budget 1.0 keeps every visual token: there is nothing to learn, give less (e.g. 0.2)")
-        return str(budget)
-
     @field_validator("data", "report_to", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
@@ -126,13 +104,27 @@ class TrainSpec(BaseModel):
                 "training on which data? give --data FILE (conversation JSONL, or parquet with image, question, "
                 "answer); `data mirrors` makes some"
             )
-        if self.pretrained != TINY:
-            for name, value in _PUBLISHED_PIXELS.items():
-                if name not in self.model_fields_set:
-                    object.__setattr__(self, name, value)
-        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
-            raise InputError(f"pixel bounds {self.min_pixels}..{self.max_pixels} are not usable: give min <= max")
+        for name, value in self.published().items():
+            if name not in self.model_fields_set:
+                object.__setattr__(self, name, value)
         return self
+
+    def published(self) -> dict[str, Any]:
+        """Published values that depend on other fields, for fields that were not given."""
+        return {}
+
+    def defaults(self) -> dict[str, Any]:
+        """What the fields are unless given."""
+        fields = type(self).model_fields
+        return {name: info.get_default(call_default_factory=True) for name, info in fields.items()} | self.published()
+
+    def micro_batches(self, processes: int) -> int:
+        """Micro-batches of an optimiser step, on each of several processes."""
+        raise NotImplementedError
+
+    def media(self) -> dict[str, Any]:
+        """Fields of `MediaSettings`: how pictures and videos become pixels."""
+        return {"system_prompt": self.system_prompt}
 
     def folder(self) -> Path:
         """Where the result is written."""
@@ -144,7 +136,56 @@ class TrainSpec(BaseModel):
         return {"kind": self.kind, **self.model_dump(exclude=free)}
 
 
-class SelectorSpec(TrainSpec):
+class CompressorSpec(TrainSpec):
+    """Training of a module that chooses among visual tokens, beside a frozen backbone."""
+
+    budget: str = Field(default="0.2", description="share of visual tokens to keep while training, or a count (16tok)")
+    upstream_exact: bool = Field(default=False, description="the published implementation's scope and rounding")
+    accumulation: int = Field(default=4, ge=1, description="micro-batches of an optimiser step")
+    min_pixels: int | None = Field(
+        default=None,
+        ge=1,
+        description="smallest area of a picture; 784 unless given, for `tiny` the checkpoint's own",
+    )
+    max_pixels: int | None = Field(
+        default=None,
+        ge=1,
+        description="largest area of a picture; 50176 (64 tokens) unless given, for `tiny` the checkpoint's own",
+    )
+    max_num_frames: int = Field(default=32, ge=1, description="most frames of a video")
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget(cls, value: Any) -> str:
+        budget = parse_budget(value)
+        if budget == Share(1.0):
+            raise InputError("budget 1.0 keeps every visual token: there is nothing to learn, give less (e.g. 0.2)")
+        return str(budget)
+
+    @model_validator(mode="after")
+    def _bounds(self) -> CompressorSpec:
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise InputError(f"pixel bounds {self.min_pixels}..{self.max_pixels} are not usable: give min <= max")
+        return self
+
+    def published(self) -> dict[str, Any]:
+        return {} if self.pretrained in EMBEDDED else dict(_PUBLISHED_PIXELS)
+
+    def micro_batches(self, processes: int) -> int:
+        return self.accumulation
+
+    def media(self) -> dict[str, Any]:
+        return {
+            **super().media(),
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "video_min_pixels": self.min_pixels,
+            "video_max_pixels": self.max_pixels,
+            "max_num_frames": self.max_num_frames,
+        }
+
+
+class SelectorSpec(CompressorSpec):
     """Training of VisionSelector's scorer: CE + lambda * BCE(soft top-k, hard top-k), arXiv 2510.16598."""
 
     kind: ClassVar[str] = "visionselector"
@@ -163,7 +204,7 @@ class SelectorSpec(TrainSpec):
     )
 
 
-class PredictorSpec(TrainSpec):
+class PredictorSpec(CompressorSpec):
     """Training of Dynamic-Qwen's predictor: CE + weight * (mean keep - r)^2, arXiv 2412.00876."""
 
     kind: ClassVar[str] = "dynamic-qwen"
@@ -195,7 +236,79 @@ class PredictorSpec(TrainSpec):
         return value
 
 
-SPECS: dict[str, type[TrainSpec]] = {spec.kind: spec for spec in (SelectorSpec, PredictorSpec)}
+class TokenFusionSpec(TrainSpec):
+    """Training of LLaVA-STF's token fusion: in stage 1 the fusion alone, in stage 2 the LLM with it (2506.07138)."""
+
+    kind: ClassVar[str] = "token-fusion"
+
+    output: str = Field(default="runs/token-fusion", description=TrainSpec.model_fields["output"].description)
+    pretrained: str = Field(
+        default="llava-hf/llava-1.5-7b-hf",
+        description="stage 1: a plain LLaVA-1.5 (folder or hub id), to which the fusion is added; stage 2: the result "
+        "of stage 1, or a checkpoint with token fusion",
+    )
+    stage: Literal[1, 2] = Field(default=1, description="1: the fusion alone is trained; 2: with it the whole LLM")
+    learning_rate: float = Field(
+        default=1e-3, gt=0, description=f"{TrainSpec.model_fields['learning_rate'].description}; 2e-5 in stage 2"
+    )
+    total_batch: int = Field(
+        default=256,
+        ge=1,
+        description="samples of an optimiser step, over all devices and micro-batches; 128 in stage 2",
+    )
+    layers: list[int] | None = Field(
+        default=None,
+        min_length=1,
+        description="hidden states of the vision tower that are fused, in this order, 0 is the embeddings; "
+        "-2 21 18 15 12 9 6 3 unless given",
+    )
+    fusion_hidden: int | None = Field(
+        default=None, ge=1, description="size inside the fusion of blocks; 4 times the tower's width"
+    )
+    spatial_hidden: int | None = Field(
+        default=None, ge=1, description="size inside the fusion of windows; 16 times the tower's width"
+    )
+    pad_square: bool = Field(default=True, description="pad pictures to a square, as published")
+    template: Literal["vicuna", "checkpoint"] = Field(
+        default="vicuna",
+        description="form of conversations that is trained and saved: vicuna (LLaVA-1.5's own), or checkpoint (the "
+        "checkpoint's chat template)",
+    )
+    dtype: str = Field(
+        default="auto",
+        description="of computation and of what is frozen: auto (bfloat16 on CUDA, float32 on CPU), float32, bfloat16; "
+        "weights that are trained are float32",
+    )
+
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _stage(cls, value: Any) -> Any:
+        return int(value) if value in ("1", "2") else value  # a flag's text
+
+    @field_validator("dtype")
+    @classmethod
+    def _dtype(cls, value: str) -> str:
+        if value not in (known := ["auto", "float32", "bfloat16"]):
+            raise unknown("dtype of token-fusion", value, known)
+        return value
+
+    def published(self) -> dict[str, Any]:
+        return {"learning_rate": 2e-5, "total_batch": 128} if self.stage == 2 else {}
+
+    def micro_batches(self, processes: int) -> int:
+        once = self.batch_size * processes
+        if self.total_batch % once:
+            raise InputError(
+                f"total_batch {self.total_batch} can't be made of micro-batches of {self.batch_size} on {processes} "
+                f"device{'s' if processes > 1 else ''}: give a batch_size that divides it"
+            )
+        return self.total_batch // once
+
+    def media(self) -> dict[str, Any]:
+        return {**super().media(), "pad_square": self.pad_square}
+
+
+SPECS: dict[str, type[TrainSpec]] = {spec.kind: spec for spec in (SelectorSpec, PredictorSpec, TokenFusionSpec)}
 
 _Spec = TypeVar("_Spec", bound=TrainSpec)
 

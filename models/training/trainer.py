@@ -17,26 +17,31 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
 
 from visionselector_eval.baselines.errors import InputError
 from visionselector_eval.models.inputs import MediaSettings
-from visionselector_eval.models.loading import load_backbone
-from visionselector_eval.models.tiny import TINY
+from visionselector_eval.models.tiny import EMBEDDED
 
 from .data import Collator, Conversations, MediaPaths, Tokeniser
-from .export import KINDS, read_config, save_learned, write_atomically
-from .learners import LEARNERS, Learner, Outcome
-from .spec import TrainSpec, spec_yaml
+from .export import KINDS, Kind, read_config, write_atomically
+from .learners import Learner, Outcome, PredictorLearner, SelectorLearner
+from .spec import PredictorSpec, SelectorSpec, TokenFusionSpec, TrainSpec, spec_yaml
+from .token_fusion import TokenFusionLearner
 
 if TYPE_CHECKING:
     from visionselector_eval.models.backbones.base import Backbone
 
 log = logging.getLogger(__name__)
 
+LEARNERS: dict[str, type[Learner]] = {
+    SelectorSpec.kind: SelectorLearner,
+    PredictorSpec.kind: PredictorLearner,
+    TokenFusionSpec.kind: TokenFusionLearner,
+}
 _STARTED, _CHECKPOINTS, _LOG = "started.json", "checkpoints", "log.jsonl"
 
 
@@ -190,7 +195,7 @@ def arguments_of(spec: TrainSpec) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder / _CHECKPOINTS),
         per_device_train_batch_size=spec.batch_size,
-        gradient_accumulation_steps=spec.accumulation,
+        gradient_accumulation_steps=spec.micro_batches(int(os.environ.get("WORLD_SIZE", "1"))),
         num_train_epochs=spec.epochs,
         max_steps=spec.max_steps or -1,
         learning_rate=spec.learning_rate,
@@ -219,7 +224,7 @@ def arguments_of(spec: TrainSpec) -> TrainingArguments:
         report_to=reporters(spec.report_to),
         run_name=folder.name,
         disable_tqdm=True,
-        # The frozen backbone's dtype is the precision; the learned module computes in float32 by itself.
+        # Learners choose their own precision: a scorer computes in float32, the fusion and its LLM under autocast.
         bf16=False,
         fp16=False,
     )
@@ -245,28 +250,22 @@ def read_data(spec: TrainSpec) -> Conversations:
 
 def learner_of(spec: TrainSpec, backbone: Backbone) -> Learner:
     """The learner of a spec beside a loaded backbone, which it freezes."""
-    return LEARNERS[spec.kind](backbone, spec)
+    return LEARNERS[spec.kind].build(backbone, spec)
 
 
 def plan(spec: TrainSpec, learner: Learner, data: Conversations, processes: int = 1) -> Plan:
     """What the training would do."""
-    effective = spec.batch_size * spec.accumulation * processes
+    accumulation = spec.micro_batches(processes)
+    effective = spec.batch_size * accumulation * processes
     batches = math.ceil(len(data) / (spec.batch_size * processes))
-    steps = spec.max_steps or math.ceil(spec.epochs * math.ceil(batches / spec.accumulation))
+    steps = spec.max_steps or math.ceil(spec.epochs * math.ceil(batches / accumulation))
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
     return Plan(len(data), data.sha256, steps, trained, effective)
 
 
 def media_of(spec: TrainSpec) -> MediaSettings:
     """Pixels and frames of a spec."""
-    return MediaSettings(
-        min_pixels=spec.min_pixels,
-        max_pixels=spec.max_pixels,
-        video_min_pixels=spec.min_pixels,
-        video_max_pixels=spec.max_pixels,
-        max_num_frames=spec.max_num_frames,
-        system_prompt=spec.system_prompt,
-    )
+    return MediaSettings(**spec.media())
 
 
 def train(
@@ -295,11 +294,10 @@ def train(
     first = arguments.process_index == 0
     data = read_data(spec)
     if first and overwrite and folder.is_dir() and not dry_run:
-        _forget(folder, kind.file, kind.config)
-    backbone = load_backbone(
-        spec.pretrained, str(arguments.device), spec.dtype, spec.attn_implementation, revision=spec.revision
-    )
+        _forget(folder, kind)
+    backbone = LEARNERS[spec.kind].load(spec, str(arguments.device))
     learner = learner_of(spec, backbone)
+    learner.check(data)
     planned = plan(spec, learner, data, arguments.world_size)
     if dry_run:
         return planned
@@ -357,15 +355,20 @@ def _threads_for(pretrained: str, device: torch.device) -> Iterator[None]:
     """One thread for the embedded checkpoint on a CPU: more gain nothing, and sums are then the same on any machine."""
     before = torch.get_num_threads()
     try:
-        if pretrained == TINY and device.type == "cpu":
+        if pretrained in EMBEDDED and device.type == "cpu":
             torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def _forget(folder: Path, *names: str) -> None:
-    for name in (_STARTED, _LOG, "spec.yaml", "README.md", *names):
+def _forget(folder: Path, kind: Kind) -> None:
+    """Remove what a training left, checkpoint files of a result that is a whole checkpoint included."""
+    try:
+        whole = read_config(folder, kind).get("files", [])
+    except InputError:  # damaged: it goes as well
+        whole = []
+    for name in (_STARTED, _LOG, "spec.yaml", "README.md", kind.file, kind.config, *whole):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
 
@@ -417,8 +420,7 @@ def _finish(
 ) -> None:
     lines = [json.dumps(entry) for entry in trainer.state.log_history]
     write_atomically(folder / _LOG, "\n".join(lines) + "\n")
-    defaults = {name: info.get_default(call_default_factory=True) for name, info in type(spec).model_fields.items()}
-    values = spec.model_dump()
+    defaults, values = spec.defaults(), spec.model_dump()
     backbone = learner.backbone
     about = {
         "backbone": {
@@ -444,5 +446,4 @@ def _finish(
             "device": torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else "cpu",
         },
     }
-    learned: nn.Module = learner.learned
-    save_learned(folder, learned, KINDS[spec.kind], about)
+    learner.save(folder, about)

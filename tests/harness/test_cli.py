@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from visionselector_eval.baselines import available, parse_budget
 from visionselector_eval.harness import cli, evaluate
 from visionselector_eval.harness.store import load_run
+from visionselector_eval.models.backbones.qwen2_5_vl import Qwen2_5_VL
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
 from visionselector_eval.models.tiny import checkpoint
 from visionselector_eval.tasks import binding
@@ -178,6 +179,13 @@ def test_ask_takes_a_video_or_no_media_at_all(media, capsys):
     assert asked(out)[1:] == (0, 0)
 
 
+def test_ask_names_the_remark_of_a_backbone(media, capsys, monkeypatch):
+    question = ["ask", "Hello?", "--max-new-tokens", "2"]
+    assert "retrained" not in run(capsys, *question)[1]
+    monkeypatch.setattr(Qwen2_5_VL, "remark", "LLM retrained", raising=False)
+    assert run(capsys, *question)[1].endswith("new tokens]\n[tiny: LLM retrained]\n")
+
+
 # mistakes ------------------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +256,7 @@ MISTAKES = {
     ),
     "checkpoint of another family": (
         lambda t, m: ["sweep", "--pretrained", broken(t / "c", other_family)],
-        "is of family 'llama', which has no adapter here: available: qwen2_5_vl",
+        "is of family 'llama', which has no adapter here: available: llava, llava_llama, qwen2_5_vl",
     ),
     "no scorer weights": (
         lambda t, m: [

@@ -37,7 +37,9 @@ def test_all_subjects_are_covered(found: list[Check]) -> None:
         "attention flash_attention_2",
         "entry point",
         "compressors",
-        "embedded checkpoint",
+        "embedded checkpoint tiny",
+        "embedded checkpoint tiny-llava",
+        "embedded checkpoint tiny-llava-stf",
         "video decoder",
         "hub",
         "run folder",
@@ -110,7 +112,9 @@ def test_missing_entry_point_and_unlisted_model(monkeypatch: pytest.MonkeyPatch)
     (only,) = doctor._plugin()
     assert only.ok is False
     monkeypatch.undo()
-    monkeypatch.setattr(doctor, "MODEL_ID", "no_such_model")
+    found = [check for check in doctor._plugin() if check.name == "lmms-eval model"]
+    assert [check.ok for check in found] == [True] * len(doctor.MODEL_IDS)
+    monkeypatch.setattr(doctor, "MODEL_IDS", ("no_such_model",))
     last = list(doctor._plugin())[-1]
     assert last.ok is False
 

@@ -294,6 +294,94 @@ def test_another_backbone_is_another_table() -> None:
     assert other.set_index("task")["note"]["pope"] == "no full row"
 
 
+def test_each_backbone_has_its_own_full_row_and_its_own_best() -> None:
+    """The same scores relative to another `full`; the better backbone takes nothing from the other."""
+    table = Table()
+    for backbone, scores in (("a/strong", [1.0] * 20), ("b/weak", RIGHT)):
+        table.add("full", "1", "chartqa", scores, backbone=backbone)
+        for label, worse in (("good", 3), ("bad", 9)):
+            table.add(label, "0.1", "chartqa", flipped(worse, scores), backbone=backbone)
+    board = table.board()
+    rows = board.summary.set_index(["backbone", "label"])
+    assert rows["mean_relative"].to_dict() == {
+        ("a/strong", "full"): 100,
+        ("a/strong", "good"): pytest.approx(85),
+        ("a/strong", "bad"): pytest.approx(55),
+        ("b/weak", "full"): 100,
+        ("b/weak", "good"): pytest.approx(80),
+        ("b/weak", "bad"): pytest.approx(40),
+    }
+    assert list(rows.index) == [(b, label) for b in ("a/strong", "b/weak") for label in ("full", "good", "bad")]
+    assert rows["best_of_budget"].to_dict() == {key: key[1] == "good" for key in rows.index}
+
+
+def test_tasks_of_one_backbone_alone_are_columns_of_its_table_alone() -> None:
+    table = Table()
+    for backbone, tasks in (("a", ("chartqa", "pope")), ("b", ("ai2d", "pope"))):
+        for task in tasks:
+            table.add("full", "1", task, RIGHT, backbone=backbone)
+            table.add("good", "0.1", task, flipped(3), backbone=backbone)
+    board = table.board()
+    headers = [line for line in board.to_markdown().splitlines() if line.startswith("| method")]
+    assert [[part.strip() for part in line.split("|")][3:5] for line in headers] == [
+        ["chartqa", "pope"],
+        ["ai2d", "pope"],
+    ]
+    assert board.summary["complete"].all(), "a task that only the other backbone has is not missing"
+    assert "-" not in board.display[board.display["backbone"] == "b"][["ai2d", "pope"]].to_numpy()
+
+
+def test_options_that_differ_between_backbones_are_no_two_methods() -> None:
+    """Each backbone may bring weights of its own for one method."""
+    table = Table()
+    for backbone, weights in (("a", "scorer-7b"), ("b", "scorer-3b")):
+        table.add("full", "1", "chartqa", RIGHT, backbone=backbone)
+        table.add("good", "0.1", "chartqa", RIGHT, backbone=backbone, options=json.dumps({"scorer": weights}))
+    table.add("good", "0.1", "chartqa", flipped(2), backbone="b", options=json.dumps({"scorer": "other"}))
+    rows = table.board().summary
+    assert rows[rows["backbone"] == "a"]["label"].tolist() == ["full", "good"]
+    assert set(rows[rows["backbone"] == "b"]["label"]) == {"full", "good (scorer=scorer-3b)", "good (scorer=other)"}
+
+
+def test_the_remark_of_a_backbone_is_in_every_heading() -> None:
+    table = grid()
+    remark = "trained fusion, LLM retrained & <more>"
+    for task in ("chartqa", "docvqa_val"):
+        table.add("full", "1", task, RIGHT, backbone="stf_7b", remark=remark)
+    table.add("good", "0.1", "chartqa", [], backbone="stf_7b", status="failed", error="x")  # before it was loaded
+    board = table.board()
+    assert board.remarks == {"stf_7b": remark}
+    assert "## stf_7b (trained fusion, LLM retrained & &lt;more>)\n" in board.to_markdown()
+    assert "<h2>stf_7b (trained fusion, LLM retrained &amp; &lt;more&gt;)</h2>" in board.to_html()
+    assert (
+        r"\caption{stf\_7b (trained fusion, LLM retrained \& \textless{}more\textgreater{}): score" in board.to_latex()
+    )
+    assert f"stf_7b ({remark})\n" in board.to_terminal()
+    assert "## tiny\n" in board.to_markdown()
+    frame = pd.read_csv(io.StringIO(board.to_csv()), keep_default_na=False).groupby("backbone")["backbone_remark"]
+    assert frame.unique().map(list).to_dict() == {"stf_7b": [remark], "tiny": [""]}
+    assert set(board.summary["backbone"]) == {"stf_7b", "tiny"}, "the remark is no part of the name"
+
+
+def test_a_backbone_that_failed_as_a_whole_is_one_note() -> None:
+    table = grid()
+    for label, budget in (("full", "1"), ("good", "0.1"), ("bad", "0.1")):
+        table.add(label, budget, "chartqa", [], backbone="broken", status="failed", error="incomplete\nweights")
+    board = table.board()
+    notes = [note for note in board.notes if "broken" in note]
+    assert notes == ["failed: broken, all 3 cells: incomplete weights"]
+    rows = board.display[board.display["backbone"] == "broken"]
+    assert rows["chartqa"].tolist() == ["failed"] * 3
+    assert row(board, "good", "0.3")["complete"], "the other backbone's rows are as they were"
+
+    table.add("late", "0.1", "chartqa", [], backbone="broken", status="failed", error="another reason")
+    assert sum("broken" in note for note in table.board().notes) == 4
+    alone = grid()
+    for budget in ("0.1", "0.3"):
+        alone.add("late", budget, "chartqa", [], status="failed", error="x")
+    assert sum("late" in note for note in alone.board().notes) == 2, "other cells of that backbone are done"
+
+
 def test_two_revisions_are_two_backbones() -> None:
     table = Table()
     for revision, worse in (("aaa", 0), ("bbb", 5)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import yaml
@@ -23,6 +24,7 @@ from visionselector_eval.harness.spec import (
 )
 from visionselector_eval.models.inputs import MediaSettings
 from visionselector_eval.models.protocols import PROTOCOLS
+from visionselector_eval.models.tiny import checkpoint
 from visionselector_eval.tasks.suites import load_suites
 
 RICH = {
@@ -216,12 +218,14 @@ def test_labels_tell_options_apart():
             make_spec({"methods": methods})
 
 
-def test_protocols_resolve_by_checkpoint_and_give_way_to_the_spec():
-    tiny, real = BackboneSpec(pretrained="tiny"), BackboneSpec(pretrained="Qwen/Qwen2.5-VL-7B-Instruct")
+def test_protocols_resolve_by_checkpoint_and_give_way_to_the_spec(tmp_path, llava_folder):
+    tiny, real = BackboneSpec(pretrained="tiny"), BackboneSpec(pretrained=str(tmp_path))
+    shutil.copy(checkpoint() / "config.json", tmp_path)
     published = PROTOCOLS["visionselector"][1]
     auto = make_spec({})
     assert auto.media(tiny) == {}
     assert auto.media(real) == published
+    assert auto.media(BackboneSpec(pretrained=str(llava_folder))) == PROTOCOLS["llava_stf"][1]
     assert published["max_pixels"] == 2048 * 28 * 28
     for name, (_, fields) in PROTOCOLS.items():
         assert make_spec({"protocol": name}).media(tiny) == make_spec({"protocol": name}).media(real) == fields

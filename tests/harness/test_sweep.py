@@ -258,6 +258,99 @@ def test_two_backbones_in_one_sweep(tmp_path):
     assert cells.revision.nunique() == 1
 
 
+def two_checkpoints(folder: Path) -> list[str]:
+    """Two copies of the embedded checkpoint, in folders of their own."""
+    return [str(shutil.copytree(checkpoint(), folder / name)) for name in ("plain", "retrained")]
+
+
+def headings(markdown: str) -> list[str]:
+    return [line.removeprefix("## ") for line in markdown.splitlines() if line.startswith("## ")]
+
+
+REMARK = "trained fusion, LLM retrained"
+
+
+def remarked(monkeypatch, name: str = "retrained") -> None:
+    """Backbones from a folder of this name carry a remark."""
+    monkeypatch.setattr(Qwen2_5_VL, "remark", property(lambda self: REMARK if Path(self.id).name == name else ""))
+
+
+TWO = ["--methods", "divprune", "downsample", "--budgets", "0.2", "--tasks", "tiny_docvqa_val", "--limit", "4"]
+TWO += ["--batch-size", "4", "--device", "cpu", "--protocol", "checkpoint"]
+
+
+def test_two_backbones_give_one_leaderboard_grouped_by_backbone(tmp_path, monkeypatch, capsys):
+    """Each has a heading with its remark, a `full` row of its own and means relative to that one; so has the split."""
+    remarked(monkeypatch)
+    plain, retrained = names = two_checkpoints(tmp_path)
+    given = evaluate._plain
+
+    def worse(documents, answers, skipped, remark=""):
+        """The retrained one has no answer to the first document, so that its `full` row is another number."""
+        told = given(documents, answers, skipped, remark)
+        return [a | {"answer": ""} if remark and a["doc_id"] == 0 else a for a in told]
+
+    monkeypatch.setattr(evaluate, "_plain", worse)
+    folder = tmp_path / "run"
+    assert cli.main(["sweep", "--pretrained", retrained, plain, *TWO, "--output", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    cells, _ = load_run(folder)
+    assert cells.groupby("backbone")["remark"].unique().map(list).to_dict() == {plain: [""], retrained: [REMARK]}
+    scores = cells[cells.method == "full"].set_index("backbone")["score"]
+    assert scores[plain] > scores[retrained] > 0
+
+    page = (folder / "leaderboard.md").read_text()
+    assert headings(page) == [plain, f"{retrained} ({REMARK})"]
+    parts = page.split("## ")[1:]
+    for part in parts:
+        rows = [line.split("|")[1].strip() for line in part.splitlines() if line.startswith("| ")]
+        assert rows == ["method", "full", "divprune", "downsample", "task", "tiny_docvqa_val"]
+    board = build_leaderboard(*load_run(folder))
+    summary = board.summary.set_index(["backbone", "label"])
+    for name in names:
+        assert summary.loc[(name, "full"), "mean_relative"] == 100
+        own = cells[(cells.backbone == name) & (cells.method == "divprune")]["score"].iloc[0]
+        assert summary.loc[(name, "divprune"), "mean_relative"] == pytest.approx(100 * own / scores[name])
+        assert summary.loc[name]["best_of_budget"].sum() == 1
+    assert [line for line in shown.splitlines() if line.startswith(str(tmp_path))] == [plain, f"{retrained} ({REMARK})"]
+    for ending in ("tex", "html", "csv"):
+        assert REMARK in (folder / f"leaderboard.{ending}").read_text()
+
+    assert cli.main(["report", str(folder), "--difficulty"]) == 0
+    split = capsys.readouterr().out
+    assert f"difficulty split of {plain}\n" in split
+    assert f"difficulty split of {retrained} ({REMARK})\n" in split
+    assert headings((folder / "difficulty.md").read_text()) == [plain, f"{retrained} ({REMARK})"]
+
+
+def test_a_remark_is_kept_where_the_backbone_is_not_loaded_again(tmp_path, monkeypatch):
+    """Answered, not scored: the record of the failure has it, and so has that of a run that only scores."""
+    remarked(monkeypatch)
+    name = two_checkpoints(tmp_path)[1]
+    fields = {"backbones": [name], "tasks": ["tiny_pope"], "methods": ["divprune"], "protocol": "checkpoint"}
+    with monkeypatch.context() as broken:
+        broken.setattr(binding, "score", lambda *a: 1 / 0)
+        _, result = sweep(tmp_path / "run", **fields)
+    assert len(result.failed) == 2
+    assert set(load_run(tmp_path / "run").cells.remark) == {REMARK}
+    monkeypatch.undo()
+    answering = Answering()
+    _, result = sweep(tmp_path / "run", answer=answering, **fields)
+    assert (len(result.done), answering.answers) == (2, [])
+    assert set(load_run(tmp_path / "run").cells.remark) == {REMARK}
+
+
+def test_a_run_without_remarks_still_loads(copy):
+    """Records of an older version have no such field."""
+    for file in copy.glob("cells/*/cell.json"):
+        record = json.loads(file.read_text())
+        assert record.pop("remark") == ""
+        file.write_text(json.dumps(record))
+    cells, _ = load_run(copy)
+    assert (list(cells.status), list(cells.remark)) == (["done"] * 6, [""] * 6)
+    assert headings(build_leaderboard(*load_run(copy)).to_markdown()) == ["tiny"]
+
+
 # what is done again --------------------------------------------------------------------------------------------------
 
 
@@ -481,6 +574,56 @@ def test_a_method_that_does_not_fit_the_second_backbone_fails_alone(tmp_path):
     assert "scorer" in next(iter(result.failed.values()))
     with pytest.raises(InputError, match="scorer"):
         sweep(tmp_path / "other", backbones=[str(stock)], **fields)
+
+
+def test_which_backbone_is_named_first_does_not_matter(tmp_path):
+    stock = stock_checkpoint(tmp_path / "stock")
+    fields = {"methods": ["visionselector", "divprune"], "tasks": ["tiny_pope"], "protocol": "checkpoint"}
+    _, result = sweep(tmp_path / "run", backbones=[str(stock), "tiny"], **fields)
+    assert (len(result.done), len(result.failed)) == (5, 1)
+    assert "scorer" in next(iter(result.failed.values()))
+
+
+@pytest.mark.parametrize("first", ["broken", "sound"])
+def test_a_backbone_that_cannot_be_loaded_fails_alone(first, tmp_path, capfd):
+    """Exit code 3 and one line for each of its cells; the other backbone's are done, and only the rest is run again."""
+    sound, broken = two_checkpoints(tmp_path)
+    file = Path(broken) / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    names = [broken, sound] if first == "broken" else [sound, broken]
+    command = ["sweep", "--pretrained", *names, *TWO, "--output", str(tmp_path / "run")]
+    assert cli.main(command) == 3
+    said = capfd.readouterr()
+    failures = [line for line in said.err.splitlines() if line.startswith("failed: ")]
+    assert len(failures) == 3
+    assert all(line.startswith(f"failed: {broken} ") and "can't be read" in line for line in failures)
+    assert "Traceback" not in said.err
+    cells, samples = load_run(tmp_path / "run")
+    assert cells.groupby("backbone")["status"].unique().map(list).to_dict() == {sound: ["done"], broken: ["failed"]}
+    assert set(samples.backbone) == {sound}
+    notes = [line for line in (tmp_path / "run" / "leaderboard.md").read_text().splitlines() if "- failed" in line]
+    assert len(notes) == 1
+    assert notes[0].startswith(f"- failed: {broken}, all 3 cells: ")
+    assert cli.main(command) == 3, "nothing but the broken one is left: still no reason to refuse the sweep"
+    assert sound in capfd.readouterr().out
+
+    file.write_bytes(whole)
+    assert cli.main(command) == 0
+    assert f"done: {sound} " not in capfd.readouterr().err, "mended, it alone is run"
+    assert Counter(load_run(tmp_path / "run").cells.status) == {"done": 6}
+
+
+def test_no_backbone_that_can_be_loaded_is_bad_input(tmp_path, capfd):
+    names = two_checkpoints(tmp_path)
+    for name in names:
+        (Path(name) / "model.safetensors").write_bytes(b"")
+    assert cli.main(["sweep", "--pretrained", *names, *TWO, "--output", str(tmp_path / "run")]) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert names[0] in said
+    assert cli.main(["sweep", "--pretrained", "tiny", str(tmp_path / "absent"), *TWO, "--output", str(tmp_path)]) == 2
+    assert "absent" in capfd.readouterr().err
 
 
 def test_a_cell_that_cannot_be_scored_fails_alone(tmp_path, monkeypatch):

@@ -120,11 +120,11 @@ def test_received_attention_equals_the_naive_form(lengths, heads, seed):
 
 def test_received_attention_holds_no_square(monkeypatch):
     """In chunks of any size the result is the same, and no array of N x N appears."""
-    from visionselector_eval.models.backbones import qwen2_5_vl
+    from visionselector_eval.models.backbones import tower
 
     q, k = torch.randn(600, 2, 8), torch.randn(600, 2, 8)
     whole = received_attention(q, k, [600], 0.3)
-    monkeypatch.setattr(qwen2_5_vl, "_CHUNK_WEIGHTS", 5000)
+    monkeypatch.setattr(tower, "_CHUNK_WEIGHTS", 5000)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

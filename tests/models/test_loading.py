@@ -126,7 +126,7 @@ BROKEN = {
     "truncated": (truncate, "weights of .* can't be read"),
     "a tensor missing": (drop_tensor, "1 tensors missing"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "weights of"),
-    "another family": (other_family, "family 'llama'.*available: qwen2_5_vl"),
+    "another family": (other_family, "family 'llama'.*available: llava, .*qwen2_5_vl"),
     "no config": (lambda f: (f / "config.json").unlink(), "without config.json"),
     "config that is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json of"),
     "no tokenizer": (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "tokenizer of"),

@@ -219,7 +219,7 @@ def test_the_command_prints_the_table_and_reports_again(tmp_path, capsys) -> Non
 
 MISTAKES = {
     "shape": (["--random-weights", "qwen2_5_vl_7"], "unknown shape .*did you mean 'qwen2_5_vl_7b'"),
-    "no adapter": (["--random-weights", "llava_1_5_7b"], "can't be built yet: its family 'llava' has no adapter"),
+    "no adapter": (["--random-weights", "llava_onevision_7b"], "can't be built yet: its family 'llava_onevision'"),
     "positions": (["--synthetic", "40000"], "40000 is more than the 32768 positions of tiny"),
     "positions of a shape": (
         ["--random-weights", "qwen2_5_vl_7b", "--synthetic", "200000"],

@@ -6,22 +6,25 @@ import re
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from visionselector_eval.baselines import available, build
 from visionselector_eval.baselines.base import Share
 from visionselector_eval.baselines.errors import InputError
 from visionselector_eval.harness.profiler.flops import (
     matmul_ceiling,
+    theoretical_clip,
     theoretical_decode,
     theoretical_output,
     theoretical_prefill,
+    theoretical_projector,
     theoretical_vision,
 )
 from visionselector_eval.harness.profiler.measure import Bound, Profiler
 from visionselector_eval.harness.profiler.random_weights import SHAPES, build_random, processor, shape_config
 from visionselector_eval.harness.profiler.spec import cell_of
 from visionselector_eval.harness.profiler.workloads import check_length, grid_of, synthetic
+from visionselector_eval.models.backbones.llava import Llava
+from visionselector_eval.models.backbones.qwen2_5_vl import Qwen2_5_VL
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +35,21 @@ def shaped():
 # The parameter counts on the released checkpoints' pages; the third is ours.
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("qwen2_5_vl_7b", 8_292_166_656), ("qwen2_5_vl_3b", 3_754_622_976), ("qwen2_5_vl_0_5b", 538_541_376)],
+    [
+        ("qwen2_5_vl_7b", 8_292_166_656),
+        ("qwen2_5_vl_3b", 3_754_622_976),
+        ("qwen2_5_vl_0_5b", 538_541_376),
+        ("llava_1_5_7b", 7_063_427_072),
+        ("llava_1_5_13b", 13_351_494_656),
+        # Four linear layers instead of the projector's two.
+        ("llava_stf_7b", 7_063_427_072 - 20_979_712 + 8193 * 4096 + 4097 * 1024 + 4097 * 16384 + 16385 * 4096),
+    ],
 )
 def test_shapes_have_the_parameters_of_their_models(name, parameters) -> None:
+    shape = SHAPES[name]
+    config = shape_config(shape, processor(shape))
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(shape_config(SHAPES[name], processor()))
+        model = {"qwen2_5_vl": Qwen2_5_VL, "llava": Llava}[shape.family].model_class_for(config)(config)
     model.tie_weights()
     assert model.num_parameters() == parameters
 
@@ -56,17 +69,22 @@ def test_random_weights_follow_the_seed_and_stay_finite(shaped) -> None:
 
 def test_computed_tables_are_those_that_transformers_makes(shaped) -> None:
     """Off the meta device, its own constructor fills the rotary tables."""
-    stock = type(shaped.model)(shaped.model.config)
-    mine = {name: buffer for name, buffer in shaped.model.named_buffers() if "inv_freq" in name}
-    loaded = {name: buffer for name, buffer in stock.named_buffers() if "inv_freq" in name}
-    assert mine.keys() == loaded.keys()
-    assert all(torch.equal(mine[name], loaded[name]) for name in mine)
+    for made in (shaped, build_random("llava_tiny"), build_random("llava_stf_tiny", dtype=torch.bfloat16)):
+        stock = type(made.model)(made.model.config)
+        mine, loaded = dict(made.model.named_buffers()), dict(stock.named_buffers())
+        assert mine.keys() == loaded.keys()
+        assert any("inv_freq" in name for name in mine)
+        assert all(torch.equal(mine[name], loaded[name]) for name in mine)
 
 
-def test_every_method_runs_on_random_weights(shaped) -> None:
-    inputs = synthetic(shaped.processor, 64).items[0].make()
+@pytest.mark.parametrize("shape", ["qwen2_5_vl_tiny", "llava_tiny", "llava_stf_tiny"])
+def test_every_method_runs_on_random_weights(shape) -> None:
+    made = build_random(shape)
+    inputs = synthetic(made.processor, 64).items[0].make()
     for name in available():
-        out = shaped.prefill(inputs, build(name), budget=0.25)
+        if (shape, name) == ("llava_stf_tiny", "downsample"):
+            continue  # four pictures of 16 tokens: whole grids of at most 4
+        out = made.prefill(inputs, build(name), budget=0.25)
         assert out.totals == [64], name
         assert len(out.kept[0]) == (64 if name == "full" else 16), name
 
@@ -86,6 +104,18 @@ def test_a_synthetic_prompt_has_exactly_its_tokens(shaped, tokens) -> None:
 def test_a_picture_that_cannot_be_is_refused_with_a_near_one(tokens, near) -> None:
     with pytest.raises(InputError, match=rf"--synthetic {tokens} .* try {near}"):
         grid_of(tokens)
+
+
+def test_towers_of_one_picture_size_get_several_pictures() -> None:
+    front = processor(SHAPES["llava_1_5_7b"])
+    inputs = synthetic(front, 1152).items[0].make()
+    assert inputs["pixel_values"].shape == (2, 3, 336, 336)
+    assert not torch.equal(*inputs["pixel_values"])
+    assert synthetic(front, 1152).settings["pictures"] == 2
+    assert len(synthetic(processor(SHAPES["llava_stf_7b"]), 144).items[0].make()["pixel_values"]) == 1
+    for tokens, near in ((1000, 1152), (100, 576)):
+        with pytest.raises(InputError, match=rf"--synthetic {tokens}: .* has 576 visual tokens, try {near}"):
+            synthetic(front, tokens)
 
 
 def test_prompts_longer_than_the_positions_are_refused(shaped) -> None:
@@ -118,6 +148,21 @@ def test_counted_flops_are_those_of_the_shapes(shaped, method, tokens) -> None:
     )
     assert (row["compressor_flops"] > 0) == (method in ("fastv", "pyramiddrop"))
     assert row["attention_kernels"] == ["aten._scaled_dot_product_flash_attention_for_cpu"]
+
+
+@pytest.mark.parametrize(("shape", "tokens"), [("llava_tiny", 128), ("llava_stf_tiny", 32)])
+@pytest.mark.parametrize("method", ["full", "uniform", "fastv"])
+def test_counted_flops_of_a_clip_tower_are_those_of_the_shapes(shape, tokens, method) -> None:
+    """Two pictures; the CLS token, the projector or the token fusion in its place are counted."""
+    made = build_random(shape)
+    inputs = synthetic(made.processor, tokens).items[0].make()
+    bound = Bound(cell_of("method", method, method, {}, "0.25"), made.bind(build(method)), Share(0.25))
+    row = Profiler(made, 4).flops(bound, inputs, "d")
+    config = made.model.config
+    assert row["vision_flops"] == row["theory_vision_flops"]
+    assert row["vision_flops"] == theoretical_clip(config.vision_config, 2) + theoretical_projector(config, 128)
+    assert row["prefill_flops"] == row["theory_prefill_flops"]
+    assert row["decode_flops"] == row["theory_decode_flops"]
 
 
 def test_the_cache_is_read_not_computed(shaped) -> None:
