@@ -1,6 +1,7 @@
 # `make` alone lists what there is. Everything is installed into .venv; nothing else on the machine is touched.
 
 PYTHON ?= python3
+WORKERS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -31,8 +32,8 @@ $(STAMP): requirements.lock pyproject.toml
 demo: install  ## sweep 7 compressors x 3 budgets over the embedded benchmarks and print the leaderboard
 	$(BIN)/python run_eval.py sweep $(DEMO)
 
-test: install lint  ## lint, then all tests
-	$(BIN)/python -m pytest
+test: install lint  ## lint, then all tests, on all cores (WORKERS=2 for two of them)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
 lint: types  ## style (ruff) and types (mypy)
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from visionselector_eval.baselines.errors import InputError
 from visionselector_eval.harness.tiny_training import fusion
-from visionselector_eval.harness.tiny_training.batches import KINDS, PICTURES, TRAIN_SEED
+from visionselector_eval.harness.tiny_training.batches import KINDS, TRAIN_SEED
 from visionselector_eval.harness.tiny_training.batches import STAGES as BACKBONE_STAGES
 from visionselector_eval.harness.tiny_training.checkpoint import finish_checkpoint, write_checkpoint
 from visionselector_eval.harness.tiny_training.llava_network import LlavaNetwork
@@ -109,9 +109,11 @@ def _run(stage: Stage, spec: TinySpec, work: Path, told: Told | None) -> None:
     elif stage == "data":
         if not (work / "data" / "train.jsonl").is_file():
             shutil.rmtree(work / "data", ignore_errors=True)
-            write_mirrors(
-                KINDS if family.clips else tuple(PICTURES), work / "data", seed=TRAIN_SEED + 7, documents=spec.documents
-            )
+            documents = spec.documents or 0
+            if family.clips:
+                write_mirrors(KINDS, work / "data", seed=TRAIN_SEED + 7, documents=documents)
+            else:
+                fusion.write_lessons(work / "data", documents * len(fusion.SHARES))
     elif stage in ("scorer", "predictor"):
         callback = told and _Told(stage, told)
         train(make_train_spec(*_learned(stage, spec, work)), callbacks=[callback] if callback else [])
@@ -126,12 +128,11 @@ def _run(stage: Stage, spec: TinySpec, work: Path, told: Told | None) -> None:
 
 
 def _fuse(spec: TinySpec, work: Path, told: Told | None) -> None:
-    """Trained token fusion, from data to the folder `checkpoint-stf`."""
-    if not (work / "fusion-data" / "train.jsonl").is_file():
-        fusion.write_lessons(work / "fusion-data", spec.fusion_pictures)
+    """Trained token fusion, up to the folder `checkpoint-stf`."""
     start, *parts = fusion.STAGES
     if not (work / start / "fusion_config.json").is_file():
-        fusion.begin(work, spec.fusion_steps // 2, spec.seed)
+        advance = told and (lambda done: told(start, done, spec.fusion_steps))
+        fusion.begin(work, spec.fusion_steps, spec.seed, advance)
     for part in parts:
         callback = told and _Told(part, told)
         settings = fusion.settings(part, work, spec.fusion_steps, spec.seed)

@@ -295,3 +295,52 @@ def test_two_ranks_share_the_documents(tmp_path, model_class, tiny):
     )
     assert done.returncode == 0, done.stderr
     same_as_here(model_class, tiny, {IMAGES: logged(tmp_path, IMAGES)}, limit=5)
+
+
+# LLaVA-1.5 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llava_class() -> Any:
+    host.lmms_eval()
+    from lmms_eval.models import get_model
+
+    return get_model("visionselector_llava")
+
+
+def test_llava_at_budget_one_is_a_plain_generate_of_llava_hfs_prompt(llava_class, llava):
+    """lmms-eval's own llava_hf puts a task's messages through the processor's template and nothing else."""
+    asked = binding.requests(binding.bind(IMAGES, limit=3, base_model="llava_hf"))
+    plain = []
+    for request in asked:
+        messages = request.messages()
+        pictures, _, _ = messages.extract_media()
+        text = llava.processor.apply_chat_template(
+            messages.model_dump()["messages"], tokenize=False, add_generation_prompt=True
+        )
+        inputs = llava.processor(images=[p.convert("RGB") for p in pictures], text=text, return_tensors="pt")
+        tokens = llava.model.generate(**inputs, **generation_arguments(request.generation))
+        answer = llava.processor.tokenizer.decode(
+            tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        plain.append(cut(answer, request.until))
+    for method in ("full", "visionzip", "fastv"):
+        model = llava_class(backbone=llava, method=method, budget=1.0)
+        samples = evaluate(model, [IMAGES], limit=3)[IMAGES]
+        assert texts(samples) == plain, method
+        assert {c["visual_tokens_kept"] for c in counts(samples)} == {64}
+
+
+def test_llava_keeps_the_budget_in_batches(llava_class, llava):
+    seen = []
+    for size in (1, 3):
+        model = llava_class(backbone=llava, method="prumerge_plus", budget="20%", batch_size=size)
+        samples = evaluate(model, [IMAGES], limit=5)[IMAGES]
+        assert {(c["visual_tokens_kept"], c["visual_tokens_total"]) for c in counts(samples)} == {(12, 64)}
+        seen.append(texts(samples))
+    assert seen[0] == seen[1]
+
+
+def test_llava_answers_no_video(llava_class, llava):
+    with pytest.raises(InputError, match="takes pictures, no videos"):
+        evaluate(llava_class(backbone=llava, method="divprune", budget=0.2), [VIDEO], limit=1)
