@@ -364,7 +364,7 @@ def traced(tokens: VisualTokens, method: str, *names: str) -> list[Tensor]:
     for name in names:
         told = (getattr(tokens.trace, field, None) for field in name.split("|"))
         values[name] = next((value for value in told if value is not None), None)  # type: ignore[assignment]
-    if missing := [name.replace("|", " or ") for name, value in values.items() if value is None]:
+    if missing := [name.replace("|", "/") for name, value in values.items() if value is None]:
         raise InputError(
             f"{method} needs the encoder's {' and '.join(missing)}, which tokens.trace does not hold: use a backbone "
             "that traces its encoder's attention, or a method that reads features alone such as divprune"

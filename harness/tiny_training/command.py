@@ -22,6 +22,7 @@ from visionselector_eval.harness.tiny_training.network import IMAGE_PROCESSOR, N
 from visionselector_eval.harness.tiny_training.spec import STAGES, Stage, TinySpec
 from visionselector_eval.harness.tiny_training.stages import evaluate, train_stage, trained
 from visionselector_eval.harness.training_data import write_mirrors
+from visionselector_eval.models.loading import load_backbone
 from visionselector_eval.models.training.export import export_checkpoint
 from visionselector_eval.models.training.spec import PredictorSpec, SelectorSpec, TokenFusionSpec, make_train_spec
 from visionselector_eval.models.training.trainer import train
@@ -118,13 +119,16 @@ def _run(stage: Stage, spec: TinySpec, work: Path, told: Told | None) -> None:
         callback = told and _Told(stage, told)
         train(make_train_spec(*_learned(stage, spec, work)), callbacks=[callback] if callback else [])
     elif stage == "evaluate":
-        net = family(trained(work, spec.seed, family))
-        figures = {"asked": evaluate(net, spec.check), "other": evaluate(net, min(spec.check, 200), asked=False)}
-        (work / "evaluate.json").write_text(json.dumps(figures, indent=1) + "\n")
+        _evaluate(family(trained(work, spec.seed, family)), spec.check, work / "evaluate.json")
     elif stage == "fusion":
         _fuse(spec, work, told)
     else:
         assemble(work, family=spec.family)
+
+
+def _evaluate(net: Network, check: int, file: Path) -> None:
+    figures = {"asked": evaluate(net, check), "other": evaluate(net, min(check, 200), asked=False)}
+    file.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def _fuse(spec: TinySpec, work: Path, told: Told | None) -> None:
@@ -137,6 +141,8 @@ def _fuse(spec: TinySpec, work: Path, told: Told | None) -> None:
         callback = told and _Told(part, told)
         settings = fusion.settings(part, work, spec.fusion_steps, spec.seed)
         train(make_train_spec(TokenFusionSpec, settings), callbacks=[callback] if callback else [])
+    model = load_backbone(str(work / parts[-1]), device="cpu").model.bfloat16().float()  # as it will be stored
+    _evaluate(fusion.FusedNetwork(model), spec.check, work / "evaluate-stf.json")
     assemble_fused(work)
 
 

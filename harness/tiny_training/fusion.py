@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ SETTINGS: dict[str, Any] = {
     "gradient_checkpointing": False,
     "report_to": ["none"],
 }
-"""Of both stages: the published recipe but for sizes, and for a rate that the unscaled states of this tower bear."""
+"""Of both stages: the published recipe but for sizes, and for rates that the unscaled states of this tower bear."""
 RATES = {"fusion-begin": 4e-3, "fusion": 1e-4, "fusion-llm": 3e-4}
 
 SEED = TRAIN_SEED + 17
@@ -70,6 +71,20 @@ def write_lessons(folder: Path, pictures: int) -> Path:
     order = rng.permutation(len(lines))
     (folder / "part.jsonl").write_text("\n".join(lines[int(i)] for i in order) + "\n", encoding="utf-8")
     return (folder / "part.jsonl").rename(folder / "train.jsonl")
+
+
+class FusedNetwork(LlavaNetwork):
+    """The batched forward of a model with token fusion, for `evaluate`."""
+
+    def vision(self, pixels: Tensor, cells: Tensor | None = None, partners: Tensor | None = None) -> Tensor:
+        features = self.model.model.get_image_features(normalised(pixels), return_dict=True).pooler_output
+        return torch.stack(list(features))
+
+    def positions(self, grid: Sequence[int], keep: Tensor, offsets: Tensor, prefix: int) -> Tensor:
+        t, h, w = grid
+        window = self.model.model.multi_modal_projector.window
+        fused = t, h // window, w // window
+        return super().positions(fused, torch.arange(math.prod(fused)).expand(len(keep), -1), offsets, prefix)
 
 
 def _windows(tokens: Tensor, cells: Tensor, there: Tensor, window: int) -> tuple[Tensor, Tensor]:
@@ -139,7 +154,7 @@ def begin(work: Path, steps: int, seed: int, advance: Callable[[int], None] | No
 def settings(stage: str, work: Path, steps: int, seed: int) -> dict[str, Any]:
     """The spec of one of the last two of `STAGES` in a work folder of `train tiny`, as `make_train_spec` takes it.
 
-    `steps` are those of the fusion alone; fusion and LLM take twice as many.
+    `steps` are those of the fusion alone; five times as many are made with the LLM.
     """
     first = stage == "fusion"
     return {
@@ -150,6 +165,6 @@ def settings(stage: str, work: Path, steps: int, seed: int) -> dict[str, Any]:
         "data": str(work / "data" / "train.jsonl"),
         "output": str(work / stage),
         "learning_rate": RATES[stage],
-        "max_steps": steps if first else 2 * steps,
+        "max_steps": steps if first else 5 * steps,
         "seed": 42 + seed,
     }

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Family = Literal["qwen2_5_vl", "llava"]
 SIZES: dict[Family, dict[str, int]] = {
     "qwen2_5_vl": {"vision_steps": 1000, "language_steps": 2400, "joint_steps": 500, "documents": 1200},
-    "llava": {"vision_steps": 900, "language_steps": 2000, "joint_steps": 600, "documents": 600},
+    "llava": {"vision_steps": 900, "language_steps": 2000, "joint_steps": 600, "documents": 1200},
 }
 
 Stage = Literal["vision", "language", "joint", "data", "scorer", "predictor", "evaluate", "checkpoint", "fusion"]
@@ -47,7 +47,7 @@ class TinySpec(BaseModel):
     fusion_steps: int = Field(
         default=300,
         ge=1,
-        description="of stage fusion: steps of its start and of the fusion alone; fusion and LLM take twice as many",
+        description="of stage fusion: steps of its start and of the fusion alone; five times as many with the LLM",
     )
     check: int = Field(default=500, ge=1, description="documents a benchmark that stage evaluate asks")
 

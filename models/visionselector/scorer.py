@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ __all__ = ["Scorer", "load_scorer"]
 
 _PARTS = ("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")
 _MARK = "importance_scorer."
-_ROWS = {"cpu": 256, "cuda": 4096}  # tokens scored together
+_ROWS = {"cpu": 128, "cuda": 4096}  # tokens scored together
 _FILE = "scorer.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -76,15 +76,11 @@ class Scorer(nn.Module):
             wq, bq, wk, bk = (
                 p.to(dtype) for p in (self.q_proj.weight, self.q_proj.bias, self.k_proj.weight, self.k_proj.bias)
             )
-            mean_key = linear(features.mean(dim=0, dtype=dtype), wk, bk)
-            # Not a matrix product: that sums a row in an order that depends on the row's place, so that equal
-            # tokens (repeated video frames) would get scores a rounding apart and their tie would fall anywhere.
-            # A few rows at a time, so that a CPU's cache holds their products until they are summed.
-            direction = mean_key @ wq
             rows = features.split(_ROWS["cuda" if features.is_cuda else "cpu"])
-            scores = (torch.cat([(part * direction).sum(dim=1) for part in rows]) + bq @ mean_key) / math.sqrt(
-                self.hidden
-            )
+            # By blocks of rows, which a CPU sums with all its cores and in its cache.
+            mean = torch.stack([part.sum(dim=0, dtype=dtype) for part in rows]).sum(dim=0) / features.shape[0]
+            mean_key = linear(mean, wk, bk)
+            scores = (_row_products(rows, mean_key @ wq) + bq @ mean_key) / math.sqrt(self.hidden)
         return scores
 
     @classmethod
@@ -127,6 +123,19 @@ class Scorer(nn.Module):
         copies = {part: tensor.detach().to(dtype=dtype, copy=True) for part, tensor in tensors.items()}
         scorer.load_state_dict(copies, assign=True)
         return scorer.eval().requires_grad_(False)
+
+
+def _row_products(rows: Sequence[Tensor], direction: Tensor) -> Tensor:
+    """(N,) products of each row of the blocks (n, D) with `direction`, (D,), in its dtype.
+
+    Not a matrix product: that sums a row in an order that depends on the row's place, so that equal tokens (repeated
+    video frames) would get scores a rounding apart and their tie would fall anywhere.
+    """
+    if direction.requires_grad or rows[0].requires_grad:
+        return torch.cat([(part * direction).sum(dim=1) for part in rows])
+    # One buffer that stays in a CPU's cache: a fresh one for each block would cost more than the sums.
+    buffer = direction.new_empty(rows[0].shape)
+    return torch.cat([torch.mul(part, direction, out=buffer[: len(part)]).sum(dim=1) for part in rows])
 
 
 def scorer_keys(names: Iterable[str], source: str = "scorer") -> dict[str, str] | None:

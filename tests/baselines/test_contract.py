@@ -174,7 +174,7 @@ def test_unusable_option_is_one_line(name, options):
 
 
 def test_visionzip_says_what_its_trace_lacks():
-    with pytest.raises(InputError, match="needs the encoder's cls or received and keys") as error:
+    with pytest.raises(InputError, match="needs the encoder's cls/received and keys") as error:
         build("visionzip").compress(TOKENS, 3)
     one_line(error)
 

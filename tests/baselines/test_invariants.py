@@ -369,10 +369,10 @@ def test_prumerge_takes_heads_side_by_side_and_else_their_mean():
 @pytest.mark.parametrize(
     ("name", "lacking"),
     [
-        ("prumerge_plus", "received and keys_concat"),
-        ("holov", "received"),
-        ("vispruner", "received"),
-        ("id_selection", "received"),
+        ("prumerge_plus", "cls_whole/cls/received and keys_whole/keys_concat/keys"),
+        ("holov", "cls/received"),
+        ("vispruner", "cls/received"),
+        ("id_selection", "cls/received"),
         ("cdpruner", "question"),
     ],
 )
