@@ -98,6 +98,7 @@ class Backbone(ABC):
     """
 
     model_class: ClassVar[Any]  # the transformers class that `load_backbone` loads the weights with
+    rotate: ClassVar[Callable[..., tuple[Tensor, Tensor]]]  # the family's `apply_rotary_pos_emb`, a static method
     traces: ClassVar[frozenset[str]]  # fields of `EncoderTrace` that its vision encoder can tell
 
     def __init__(
@@ -130,21 +131,6 @@ class Backbone(ABC):
 
     # What an adapter must say -----------------------------------------------------------------------------------------
 
-    @property
-    @abstractmethod
-    def width(self) -> int:
-        """D, the size of the LLM's embeddings."""
-
-    @property
-    @abstractmethod
-    def depth(self) -> int:
-        """Layers of the LLM."""
-
-    @property
-    @abstractmethod
-    def layer_access(self) -> LayerAccess:
-        """The LLM's parts that decoder-stage methods read."""
-
     @abstractmethod
     def encode(self, inputs: Mapping[str, Any], needs: frozenset[str] = ALL_TRACES) -> Encoded:
         """Run the vision encoder once for a batch; the result serves any number of compressors and budgets.
@@ -164,15 +150,49 @@ class Backbone(ABC):
     def resize(self, inputs: Mapping[str, Any], compressor: Compressor, budget: Budget) -> dict[str, Any]:
         """`inputs` with pixels lowered by a compressor of stage `pixels`."""
 
-    @abstractmethod
+    # What is the same for all -----------------------------------------------------------------------------------------
+
+    @property
+    def width(self) -> int:
+        """D, the size of the LLM's embeddings."""
+        return self.model.config.text_config.hidden_size
+
+    @property
+    def depth(self) -> int:
+        """Layers of the LLM."""
+        return self.model.config.text_config.num_hidden_layers
+
+    @property
+    def layer_access(self) -> LayerAccess:
+        """The LLM's parts that decoder-stage methods read."""
+        return LayerAccess(self.model.model.language_model, self.rotate)
+
+    def llm_positions(self, compressed: CompressedPrompt) -> Tensor:
+        """Positions as the stock LLM takes them; (B, S') for plain ones."""
+        return compressed.position_ids[0]
+
     def forward(self, compressed: CompressedPrompt) -> tuple[Tensor, Tensor]:
         """Hidden states (B, S', D) after the final norm and last logits (B, vocab), by the stock forward."""
+        hidden = self.model.model.language_model(
+            inputs_embeds=compressed.embeds,
+            attention_mask=compressed.attention_mask,
+            position_ids=self.llm_positions(compressed),
+            use_cache=False,
+        ).last_hidden_state
+        return hidden, self.model.lm_head(hidden[:, -1])
 
-    @abstractmethod
     def stock_generate(self, compressed: CompressedPrompt, **generation: Any) -> LongTensor:
         """New tokens (B, T) by the stock `generate()`."""
-
-    # What is the same for all -----------------------------------------------------------------------------------------
+        # input_ids go along so that a repetition penalty sees the prompt, as it does in the stock model; they must come
+        # before position_ids, whose first dimension would else be taken for the batch size.
+        output = self.model.generate(
+            input_ids=compressed.input_ids,
+            inputs_embeds=compressed.embeds,
+            attention_mask=compressed.attention_mask,
+            position_ids=self.llm_positions(compressed),
+            **generation,
+        )
+        return output[:, compressed.input_ids.shape[1] :]
 
     @property
     def remark(self) -> str:

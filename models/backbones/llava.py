@@ -20,8 +20,7 @@ from visionselector_eval.baselines.base import (
     PixelCompressor,
     weights_digest,
 )
-from visionselector_eval.models.decoder_pruning import LayerAccess
-from visionselector_eval.models.splice import CompressedPrompt, Encoded, Prompt, VisualItem, repad
+from visionselector_eval.models.splice import Encoded, Prompt, VisualItem, repad
 
 from .base import ALL_TRACES, Backbone, Foreign
 from .llava_original import OriginalLlava, is_original
@@ -29,7 +28,7 @@ from .token_fusion import FusedLlava, TokenFusion, fuse
 from .tower import received_attention
 
 if TYPE_CHECKING:
-    from torch import LongTensor, Tensor
+    from torch import Tensor
 
 # lmms-eval's llava_hf writes this prompt where a checkpoint has no chat template of its own.
 VICUNA_TEMPLATE = (
@@ -54,6 +53,7 @@ class Llava(Backbone):
     """
 
     model_class = LlavaForConditionalGeneration
+    rotate = staticmethod(apply_rotary_pos_emb)
 
     def __init__(self, model: Any, processor: Any, **about: Any) -> None:
         config = model.config
@@ -95,18 +95,6 @@ class Llava(Backbone):
         """
         model, about = fuse(self.model, fusion), f"{self.revision}+{weights_digest(fusion)[:16]}"
         return Llava(model, self.processor, id=self.id, revision=about, extra_weights=self.host.extra_weights)
-
-    @property
-    def width(self) -> int:
-        return self.model.config.text_config.hidden_size
-
-    @property
-    def depth(self) -> int:
-        return self.model.config.text_config.num_hidden_layers
-
-    @property
-    def layer_access(self) -> LayerAccess:
-        return LayerAccess(self.model.model.language_model, apply_rotary_pos_emb)
 
     @property
     def traces(self) -> frozenset[str]:  # type: ignore[override]
@@ -313,23 +301,3 @@ class Llava(Backbone):
             "attention_mask": real.to(inputs["attention_mask"].dtype),
             "pixel_values": smaller.to(inputs["pixel_values"].dtype),
         }
-
-    def forward(self, compressed: CompressedPrompt) -> tuple[Tensor, Tensor]:
-        hidden = self.model.model.language_model(
-            inputs_embeds=compressed.embeds,
-            attention_mask=compressed.attention_mask,
-            position_ids=compressed.position_ids[0],
-            use_cache=False,
-        ).last_hidden_state
-        return hidden, self.model.lm_head(hidden[:, -1])
-
-    def stock_generate(self, compressed: CompressedPrompt, **generation: Any) -> LongTensor:
-        # input_ids go along so that a repetition penalty sees the prompt, as it does in the stock model.
-        output = self.model.generate(
-            input_ids=compressed.input_ids,
-            inputs_embeds=compressed.embeds,
-            attention_mask=compressed.attention_mask,
-            position_ids=compressed.position_ids[0],
-            **generation,
-        )
-        return output[:, compressed.input_ids.shape[1] :]

@@ -14,14 +14,13 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from transformers.vision_utils import get_vision_window_index
 
 from visionselector_eval.baselines.base import Budget, Compressor, EncoderTrace, InputError, PixelCompressor
-from visionselector_eval.models.decoder_pruning import LayerAccess
 from visionselector_eval.models.splice import CompressedPrompt, Encoded, Prompt, VisualItem
 
 from .base import ALL_TRACES, Backbone
 from .tower import received_attention
 
 if TYPE_CHECKING:
-    from torch import LongTensor, Tensor
+    from torch import Tensor
 
 
 @dataclass
@@ -59,19 +58,8 @@ class Qwen2_5_VL(Backbone):
     """Qwen2.5-VL, any size; 3-D positions, window-ordered vision tower, no CLS token."""
 
     model_class = Qwen2_5_VLForConditionalGeneration
+    rotate = staticmethod(apply_rotary_pos_emb)
     traces = frozenset({"received", "keys", "keys_concat"})
-
-    @property
-    def width(self) -> int:
-        return self.model.config.text_config.hidden_size
-
-    @property
-    def depth(self) -> int:
-        return self.model.config.text_config.num_hidden_layers
-
-    @property
-    def layer_access(self) -> LayerAccess:
-        return LayerAccess(self.model.model.language_model, apply_rotary_pos_emb)
 
     @property
     def _merge(self) -> int:
@@ -268,32 +256,10 @@ class Qwen2_5_VL(Backbone):
             new_grids.append((t, new_h * m, new_w * m))
         return torch.cat(patches), torch.tensor(new_grids, device=grids.device, dtype=grids.dtype)
 
-    def forward(self, compressed: CompressedPrompt) -> tuple[Tensor, Tensor]:
-        hidden = self.model.model.language_model(
-            inputs_embeds=compressed.embeds,
-            attention_mask=compressed.attention_mask,
-            position_ids=_four_rows(compressed),
-            use_cache=False,
-        ).last_hidden_state
-        return hidden, self.model.lm_head(hidden[:, -1])
-
-    def stock_generate(self, compressed: CompressedPrompt, **generation: Any) -> LongTensor:
-        # input_ids go along so that a repetition penalty sees the prompt, as it does in the stock model; they must come
-        # before position_ids, whose first dimension would else be taken for the batch size.
-        output = self.model.generate(
-            input_ids=compressed.input_ids,
-            inputs_embeds=compressed.embeds,
-            attention_mask=compressed.attention_mask,
-            position_ids=_four_rows(compressed),
-            **generation,
-        )
-        return output[:, compressed.input_ids.shape[1] :]
+    def llm_positions(self, compressed: CompressedPrompt) -> Tensor:
+        """(4, B, S'): plain positions for the mask, then the 3-D positions, as transformers expects them."""
+        plain = (compressed.attention_mask.cumsum(-1) - 1).clamp_min(0)
+        return torch.cat([plain[None], compressed.position_ids])
 
 
 _KIND_NAMES: dict[int, Literal["image", "video"]] = {1: "image", 2: "video"}
-
-
-def _four_rows(compressed: CompressedPrompt) -> Tensor:
-    """(4, B, S'): plain positions for the mask, then the 3-D positions, as transformers expects them."""
-    plain = (compressed.attention_mask.cumsum(-1) - 1).clamp_min(0)
-    return torch.cat([plain[None], compressed.position_ids])
