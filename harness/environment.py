@@ -20,8 +20,7 @@ PACKAGES = (DISTRIBUTION, "lmms-eval", "torch", "transformers")
 def environment() -> dict[str, Any]:
     """Everything about this process's surroundings that can change a number; ready for JSON.
 
-    Keys: python, platform, cpu {model, cores, threads}, memory_gib, packages {name: version or None}, cuda
-    {version,
+    Keys: python, platform, cpu {model, cores, threads}, memory_gib, packages {name: version or None}, cuda {version,
     driver, devices: [{name, memory_gib, capability}]} or None, attention [names], commit, modified.
     """
     commit, modified = git_commit()
@@ -108,8 +107,7 @@ def git_commit() -> tuple[str | None, bool | None]:
     """Commit of our checkout and whether tracked files differ from it; (None, None) where this is no
     checkout.
 
-    A copy installed inside somebody else's repository (their `.venv`) must not report their commit, so the
-    top of the
+    A copy installed inside somebody else's repository (their `.venv`) must not report their commit, so the top of the
     work tree has to be the folder that holds `harness/`.
     """
     root = Path(__file__).resolve().parents[1]

@@ -3,8 +3,7 @@ needs beside it.
 
 `build_leaderboard(cells, samples)` only computes; `write(folder)` reads a run and writes
 `leaderboard.{csv,md,tex,html}`.
-The same run gives the same bytes. Everything is compared with the `full` row of the same run, backbone, task
-and
+The same run gives the same bytes. Everything is compared with the `full` row of the same run, backbone, task and
 documents, never with another run's.
 """
 

@@ -1,12 +1,9 @@
 """The statistics of the tables: pure functions, no files, no frames.
 
-The interval is that of lmms-eval's `paired_ttest` (tests compare the two), written out here for three
-reasons: importing
-`lmms_eval.api.metrics` takes seconds and loads torch, which `report` does not need; clusters are handled
-with it; and a
-constant difference gets an honest interval. lmms-eval's `clustered_stderr` is not used: without the factor
-G/(G-1) it
-is near 0 where all documents are in one cluster, and far too small for a few.
+The interval is that of lmms-eval's `paired_ttest` (tests compare the two), written out here for three reasons:
+importing `lmms_eval.api.metrics` takes seconds and loads torch, which `report` does not need; clusters are handled with
+it; and a constant difference gets an honest interval. lmms-eval's `clustered_stderr` is not used: without the factor
+G/(G-1) it is near 0 where all documents are in one cluster, and far too small for a few.
 """
 
 from __future__ import annotations
@@ -54,14 +51,11 @@ def paired_difference(
 ) -> Interval:
     """Mean of the per-document differences `scores - base`, with its t interval.
 
-    Without clusters: mean d, se = sd(d) / sqrt(n), t with n-1 degrees of freedom. With G clusters (several
-    questions
-    about one picture): se^2 = G/(G-1) * sum_c (sum_{i in c} (d_i - mean))^2 / n^2, t with G-1; the same as
-    before where
+    Without clusters: mean d, se = sd(d) / sqrt(n), t with n-1 degrees of freedom. With G clusters (several questions
+    about one picture): se^2 = G/(G-1) * sum_c (sum_{i in c} (d_i - mean))^2 / n^2, t with G-1; the same as before where
     every document is its own cluster.
 
-    Where all differences are the same non-zero number the formula's interval has no width. It is kept from
-    six units
+    Where all differences are the same non-zero number the formula's interval has no width. It is kept from six units
     on; below that it is widened to 0, since no sign test could reject with so few.
 
     Parameters
@@ -97,8 +91,7 @@ def paired_difference(
 def mean_of_differences(parts: Sequence[Interval], *, level: float = 0.95) -> Interval:
     """The plain mean of independent differences (one a benchmark), with its interval.
 
-    se^2 = sum se_t^2 / T^2; degrees of freedom by Welch and Satterthwaite. Any part without an interval
-    leaves the
+    se^2 = sum se_t^2 / T^2; degrees of freedom by Welch and Satterthwaite. Any part without an interval leaves the
     result without one.
     """
     if not parts:

@@ -8,8 +8,7 @@
     <run>/cells/<digest>/samples.parquet one row a document
     <run>/cells/<digest>/cell.json       written last, by rename: the completion record
 
-A folder by itself means nothing: a cell is done when its `cell.json` says so and its samples are all there.
-Only one
+A folder by itself means nothing: a cell is done when its `cell.json` says so and its samples are all there. Only one
 process writes a run folder (`Run.lock`); any number may read it.
 """
 
@@ -209,8 +208,7 @@ _JSON_COLUMNS = ("options", "metrics", "settings")
 class Journal:
     """Answers of a cell in progress: append-only JSON lines, one line a batch.
 
-    A line is written by one system call and synced, so a killed process leaves whole lines and at most one
-    torn last
+    A line is written by one system call and synced, so a killed process leaves whole lines and at most one torn last
     one. Reading ignores a torn end; the next append cuts it off first.
     """
 

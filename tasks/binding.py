@@ -208,8 +208,8 @@ def bind(
     cache_dir: where mirrors are generated; see `tiny.store.default_cache_dir`. Real tasks use the Hugging Face caches.
     limit: ask only the first documents, for a group the first of each member; None for all.
     seed, documents: for a mirror only, other documents than those that sweeps ask.
-    override: for a real task only, keys of its definition to replace (of each member's, for a group), such as
-        where the data
+    override: for a real task only, keys of its definition to replace (of each member's, for a group), such as where the
+        data
         is: {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": path}}}.
     data_root: folder with the data of real tasks in the layout of `tasks.data`, used instead of the hub; mirrors do
         not look at it.

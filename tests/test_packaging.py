@@ -124,7 +124,8 @@ def test_the_package_list_is_the_folders_with_an_init() -> None:
 def test_a_wheel_holds_every_file_of_the_package_and_no_other(built: Built, which: str) -> None:
     expected = package_files(built.source)
     assert {name.split("/")[1] for name in expected} == {*FLOORS, "results"}
-    needed_files = ("models/py.typed", "tasks/suites.yaml", "models/tiny/checkpoint/model.safetensors")
+    weights = [f"models/tiny/{folder}/model.safetensors" for folder in ("checkpoint", "llava", "llava_stf")]
+    needed_files = ("models/py.typed", "tasks/suites.yaml", *weights)
     for needed in (*needed_files, f"{DATA}/llava_stf.csv", f"{DATA}/backbones.yaml"):
         assert f"visionselector_eval/{needed}" in expected
     assert contents(getattr(built, which)) == expected

@@ -45,8 +45,8 @@ license: apache-2.0
 Trained from nothing on generated pictures; see docs/embedded.md for what it is for, and for the command. A photograph
 means nothing to it.
 
-Exact match in percent on fresh documents that neither training nor sweeps use{shown}, with all visual tokens, by the
-batched forward of the trainer:
+Exact match in percent on fresh documents that neither training nor sweeps use, with all visual tokens, by the batched
+forward of the trainer{shown}:
 
 | embedded benchmark | its own question |
 |---|---:|
@@ -64,18 +64,20 @@ batched forward of the trainer:
 _WEAK = """Weak: telling whether a thing is left of another (`position`) and counting (`count`, `count_open`) are near
 chance; the yes/no questions of `tiny_mme` hold a share of both. Embedded benchmarks that are not in the first table
 were not trained on: expect chance."""
-_SQUARE = """ Expect little of pictures that are not 224 x 224, as every second document of `tiny_docvqa_val`:
-scaled, what they show no longer fills one patch."""
+_SQUARE = """
+
+Pictures that are not 224 x 224, such as every second document of `tiny_docvqa_val`, are padded and scaled: what they
+show then no longer fills one patch, and is not read. The tables are of square pictures alone."""
 _CARDS: dict[str, dict[str, str]] = {
     "qwen2_5_vl": {"title": "The embedded model", "shown": "", "weak": _WEAK},
     "llava": {
         "title": "The embedded LLaVA-1.5",
-        "shown": " and that are square, 224 pixels wide",
+        "shown": ", on pictures of 224 x 224 pixels",
         "weak": _WEAK + _SQUARE,
     },
     "llava_stf": {
         "title": "The embedded LLaVA-1.5 with trained token fusion",
-        "shown": " and that are square, 224 pixels wide",
+        "shown": ", on pictures of 224 x 224 pixels",
         "weak": _WEAK + _SQUARE,
     },
 }
@@ -94,6 +96,8 @@ def finish_checkpoint(
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(weights).items()}
     save_file(tensors, weights, metadata={"format": "pt"})
     weights.chmod(0o644)
+    stored = folder / "config.json"
+    stored.write_text(stored.read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"'))
     lines = [
         json.dumps({"stage": stage, **json.loads(line)})
         for stage, path in logs.items()

@@ -135,8 +135,8 @@ def _fuse(spec: TinySpec, work: Path, told: Told | None) -> None:
     """Trained token fusion, up to the folder `checkpoint-stf`."""
     start, *parts = fusion.STAGES
     if not (work / start / "fusion_config.json").is_file():
-        advance = told and (lambda done: told(start, done, spec.fusion_steps))
-        fusion.begin(work, spec.fusion_steps, spec.seed, advance)
+        steps = spec.fusion_steps
+        fusion.begin(work, steps, spec.seed, advance=told and (lambda done: told(start, done, steps)))
     for part in parts:
         callback = told and _Told(part, told)
         settings = fusion.settings(part, work, spec.fusion_steps, spec.seed)

@@ -87,16 +87,20 @@ def test_pictures_to_learn_fusion_from_are_square_and_never_asked(tmp_path: Path
 
 def test_train_tiny_of_family_llava_makes_a_checkpoint(tmp_path: Path) -> None:
     small = ["--vision-steps", "2", "--language-steps", "1", "--joint-steps", "1", "--learned-steps", "1"]
-    flags = ["--family", "llava", "--output", str(tmp_path / "work"), *small, "--documents", "2", "--check", "2"]
+    small += ["--fusion-steps", "1", "--documents", "2", "--check", "2"]
+    flags = ["--family", "llava", "--output", str(tmp_path / "work"), *small]
     assert cli.main(["train", "tiny", *flags]) == 0
     folder = tmp_path / "work" / "checkpoint"
     assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     assert "| tiny_docvqa_val | " in (folder / "README.md").read_text()
     logged = {json.loads(line)["stage"] for line in (folder / "training.jsonl").read_text().splitlines()}
     assert {"vision", "language", "joint"} <= logged
-    backbone = load_backbone(str(folder))
-    inputs = build_inputs(backbone.processor, [user(picture(224, 224), "What is the Tax?")], MediaSettings())
-    assert len(backbone.prefill(inputs, build("visionselector"), 0.25).kept[0]) == 16
+    fused = tmp_path / "work" / "checkpoint-stf"
+    assert "| tiny_docvqa_val | " in (fused / "README.md").read_text()
+    for made, method, budget in ((folder, "visionselector", 0.25), (fused, "full", 1.0)):
+        backbone = load_backbone(str(made))
+        inputs = build_inputs(backbone.processor, [user(picture(224, 224), "What is the Tax?")], MediaSettings())
+        assert len(backbone.prefill(inputs, build(method), budget).kept[0]) == 16
 
 
 def test_tokens_of_both_families_agree_but_for_the_last() -> None:
