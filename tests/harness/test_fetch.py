@@ -209,7 +209,7 @@ def test_without_a_hub_the_layout_is_printed(
     shown = capsys.readouterr()
     assert f"{tmp_path}/chartqa/test.parquet" in shown.out
     assert f"{tmp_path}/videomme/videos/" in shown.out
-    assert "pope" not in shown.out  # that is there
+    assert f"{tmp_path}/pope" not in shown.out  # that is there
     last = shown.err.splitlines()[-1]
     assert "the hub can't be reached" in last
     assert "layout for 2 tasks" in last
