@@ -61,16 +61,17 @@ _VICUNA_7B = {
     "vocab_size": 32064,
     "max_position_embeddings": 4096,
 }
+_TINY_LLM = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+}
 _LLAVA_TINY: tuple[dict[str, Any], dict[str, Any]] = (
-    {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-        "max_position_embeddings": 4096,
-    },
+    _TINY_LLM,
     {
         "hidden_size": 24,
         "intermediate_size": 48,
@@ -155,16 +156,7 @@ SHAPES: dict[str, Shape] = {
     "qwen2_5_vl_tiny": Shape(
         "qwen2_5_vl",
         "half a million parameters, to try a command",
-        {
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 512,
-            "max_position_embeddings": 32768,
-            "mrope_section": [2, 3, 3],
-        },
+        {**_TINY_LLM, "max_position_embeddings": 32768, "mrope_section": [2, 3, 3]},
         {
             "depth": 4,
             "hidden_size": 64,
