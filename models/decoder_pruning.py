@@ -95,11 +95,12 @@ class LayerAccess:
         return self._rotate(k, k, cos, sin)[1]
 
     def scale(self, layer: int) -> float:
+        """What the products of queries and keys are multiplied with."""
         return self.layers[layer].self_attn.scaling
 
 
 @dataclass(eq=False)
-class _View(DecoderView):
+class PromptView(DecoderView):
     """One prompt at one stage; see `DecoderView`."""
 
     layer: int
@@ -460,7 +461,7 @@ class DecoderPruning:
         hidden = hidden.gather(1, local[..., None].expand(-1, -1, hidden.shape[-1])).masked_fill(~valid[..., None], 0)
         return hidden, _Layout(layout.source.gather(1, local), valid, lengths, alive)
 
-    def _view(self, number: int, row: int, hidden: Tensor, layout: _Layout, tables: tuple[Tensor, ...]) -> _View:
+    def _view(self, number: int, row: int, hidden: Tensor, layout: _Layout, tables: tuple[Tensor, ...]) -> PromptView:
         """Row `row` of the batch, from where its padding ends."""
         prompt, device = self.prompt, hidden.device
         tail = hidden.shape[1] - layout.lengths[row]
@@ -469,7 +470,7 @@ class DecoderPruning:
         original = prompt.kept[row].to(device)[layout.alive[row]]
         ends = torch.tensor([n for n, _ in prompt.items[row]], device=device).cumsum(0)
         cos, sin = (table[row, columns] for table in tables)
-        return _View(
+        return PromptView(
             layer=number,
             depth=self.depth,
             hidden=hidden[row, tail:],
@@ -492,7 +493,7 @@ class DecoderPruning:
         kept, total = self.prompt.kept[row], self.prompt.totals[row]
         return scores.new_full((total,), torch.nan).index_copy_(0, kept.to(scores.device), scores)
 
-    def _select(self, view: _View, members: Tensor, count: int) -> Selection:
+    def _select(self, view: PromptView, members: Tensor, count: int) -> Selection:
         """The method's choice among `members`, checked. The prompt's last token stays even where it is visual."""
         if count == len(members):
             return Selection(kept=torch.arange(count, device=members.device))  # type: ignore[arg-type]

@@ -1,36 +1,56 @@
 """Time and memory of each compressor beside the naive form of the same method.
 
-    python -m visionselector_eval.harness.benchmarks.compressors --tokens 1024 4096 --width 3584
+    python -m visionselector_eval.harness.benchmarks.compressors --tokens 1024 4096 16384 --threads 2 --attention
 
 Both forms run in turn in one process on the same random features; read the ratios, the milliseconds belong to
-this machine. The naive forms (`naive.py`) are full matrices and re-scans, as in most published code; at large N some
-take many minutes, so they run up to `--naive-tokens` only. VisionZip's cost lies in its attention (`--attention`); its
-merging has no naive form. MiB is the peak of what an operation allocates beside its inputs.
+this machine. The naive forms (`naive.py`) are full matrices and re-scans, as in most published code. They grow at least
+with N^2: one that would by its time or memory at a smaller N go over `--naive-seconds` or `--naive-gib` is not run, and
+the table says so. A decoder-stage method is timed at its first stage, in a layer as wide as the tokens with heads of
+128 channels and four of them for keys, as in Qwen2.5-VL-7B. MiB is the peak of what an operation allocates beside its
+inputs.
+
+VisionZip's cost lies in its attention (`--attention`); its merging has no naive form. DART and Dynamic-Qwen do what
+their published code does. With `--results` the table is kept, after each row, with the rows and the environment.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import statistics
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pandas as pd
 import torch
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+from tabulate import tabulate
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from visionselector_eval.baselines import EncoderTrace, VisualTokens, build
-from visionselector_eval.baselines.base import unit_rows
+from visionselector_eval.baselines.base import DecoderCompressor, Share, unit_rows
 from visionselector_eval.baselines.cdpruner import relevance
+from visionselector_eval.harness.environment import environment
+from visionselector_eval.harness.store import write_atomic
+from visionselector_eval.models.decoder_pruning import LayerAccess, PromptView
+from visionselector_eval.models.dynamic_qwen import Predictor
 from visionselector_eval.models.visionselector import Scorer
 
 from . import naive
+from .measured import machine, slug
 
+_DEPTH = 28  # of the LLM that decoder-stage methods are asked about
+_SMALL = 1024  # visual tokens at which every naive form can be tried
+_ENOUGH = 30.0  # seconds; a case that took so long is not repeated
 _HEADS, _HEAD_WIDTH = 16, 80  # Qwen2.5-VL's vision encoder; 4 patches make one token
 
 
@@ -74,20 +94,109 @@ class Allocations(TorchDispatchMode):
         self._alive -= size
 
 
-def median_seconds(runs: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
-    """Median time of each of `runs`, taken in turn so that a busy moment of the machine meets all of them."""
+@dataclass
+class Measured:
+    """One form of one case: median seconds, peak bytes allocated, timed runs."""
+
+    seconds: float
+    bytes: int
+    repeats: int
+
+
+def measure(runs: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[Measured]:
+    """Each of `runs`, taken in turn so that a busy moment of the machine meets all of them.
+
+    The first round warms up and counts memory. At least one more is timed, at most `repeats`, none after `_ENOUGH`.
+    """
+    peaks = []
+    for run in runs:
+        with Allocations() as allocations:
+            run()
+        peaks.append(allocations.peak_bytes)
     times: list[list[float]] = [[] for _ in runs]
-    for repeat in range(repeats + 1):
+    begin = time.perf_counter()
+    for repeat in range(repeats):
+        if repeat and time.perf_counter() - begin > _ENOUGH:
+            break
         for index, run in enumerate(runs):
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            _wait(device)
             start = time.perf_counter()
             run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if repeat:  # the first round warms up
-                times[index].append(time.perf_counter() - start)
-    return [statistics.median(samples) for samples in times]
+            _wait(device)
+            times[index].append(time.perf_counter() - start)
+    return [Measured(statistics.median(t), peak, len(t)) for t, peak in zip(times, peaks, strict=True)]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _Attention(nn.Module):
+    """What ranking reads of a decoder layer's attention, at Qwen2.5-VL-7B's sizes where `width` is its width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.head_dim = min(128, width)
+        self.heads = width // self.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim)
+        self.k_proj = nn.Linear(width, (4 if self.heads % 4 == 0 else 1) * self.head_dim)
+
+
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def turn(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+    return turn(q), turn(k)
+
+
+def decoder_prompt(
+    n: int, width: int, device: torch.device, dtype: torch.dtype = torch.float32, text: int = 32
+) -> PromptView:
+    """A prompt of `n` visual and `text` other tokens at the input of a random layer 2; half of the text stands before.
+
+    Parameters
+    ----------
+    width: D, an even number; a multiple of 128 from there on. All values are random.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    attention = _Attention(width)
+    for parameter in attention.parameters():
+        parameter.data = noise(*parameter.shape) / width**0.5
+    layer = SimpleNamespace(input_layernorm=nn.RMSNorm(width), self_attn=attention.requires_grad_(False))
+    layer.input_layernorm.to(device, dtype).requires_grad_(False)
+    llm = SimpleNamespace(
+        layers=[layer] * _DEPTH,
+        norm=layer.input_layernorm,
+        config=SimpleNamespace(num_attention_heads=attention.heads),
+    )
+    total, before = n + text, text // 2
+    angles = torch.outer(torch.arange(total), 1e4 ** -torch.linspace(0, 1, attention.head_dim // 2)).repeat(1, 2)
+    visual = torch.arange(before, before + n, device=device)
+    question = torch.arange(before + n, total, device=device)
+    return PromptView(
+        layer=2,
+        depth=_DEPTH,
+        hidden=noise(total, width),
+        visual=visual,
+        original=torch.arange(n, device=device),
+        item=torch.zeros(n, dtype=torch.long, device=device),
+        text=question,
+        total=total,
+        embeds=noise(total, width),
+        first_visual=visual,
+        first_text=question,
+        memory={},
+        access=LayerAccess(llm, _rotate),
+        tables=(angles.cos().to(device, dtype), angles.sin().to(device, dtype)),
+        previous=noise(total, width),
+    )
 
 
 @dataclass(frozen=True)
@@ -95,6 +204,40 @@ class _Case:
     name: str
     ours: Callable[[], object]
     naive: Callable[[], object] | None = None
+
+
+def decoder_cases(
+    n: int, width: int, ratio: float, device: torch.device, dtype: torch.dtype = torch.float32
+) -> list[_Case]:
+    """The decoder-stage methods, each at its first stage: `ours` returns a `Selection`, `naive` a list of indices."""
+    prompt = decoder_prompt(n, width, device, dtype)
+    members = torch.arange(n, device=device)
+
+    def case(
+        name: str, slow: Callable[[PromptView, int], list[int]] | None = None, label: str = "", **options: Any
+    ) -> _Case:
+        method = build(name, **options)
+        assert isinstance(method, DecoderCompressor)
+        count = method.counts(n, Share(ratio), _DEPTH, prompt.total)[0]
+
+        def fresh() -> PromptView:  # what a view has computed once would otherwise be free the next time
+            return replace(prompt, memory={}, _sources={})
+
+        return _Case(
+            label or name,
+            lambda: method.keep(fresh(), members, count),  # type: ignore[arg-type]
+            None if slow is None else lambda: slow(fresh(), count),
+        )
+
+    predictor = Predictor(width).eval().requires_grad_(False).to(device)
+    return [
+        case("fastv", naive.naive_fastv),
+        case("fastv", lambda view, count: naive.naive_fastv(view, count, "all"), "fastv: rows=all", rows="all"),
+        case("pyramiddrop", naive.naive_pyramiddrop),
+        case("sparsevlm", naive.naive_sparsevlm),
+        case("dart"),
+        case("dynamic_qwen", predictor=predictor),
+    ]
 
 
 def _cases(n: int, width: int, ratio: float, device: torch.device, attention: bool) -> list[_Case]:
@@ -168,7 +311,7 @@ def _cases(n: int, width: int, ratio: float, device: torch.device, attention: bo
                 lambda: naive.naive_received(*per_head),
             )
         )
-    return cases
+    return [*cases, *decoder_cases(n, width, ratio, device)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,8 +325,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=3584, help="size of a token (3584: Qwen2.5-VL-7B)")
     parser.add_argument("--budget", type=float, default=0.2, help="share of tokens to keep")
     parser.add_argument("--methods", nargs="+", help="these only; all where not given")
-    parser.add_argument("--naive-tokens", type=int, default=4096, help="largest N at which the naive forms run too")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each form")
+    parser.add_argument("--naive-seconds", type=float, default=60, help="run no naive form that would take longer")
+    parser.add_argument("--naive-gib", type=float, default=8, help="run no naive form that would allocate more")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each form, at most")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--threads",
@@ -194,47 +338,113 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--attention",
         action="store_true",
-        help="also the attention that VisionZip reads; its naive form takes 2 KiB * N^2",
+        help="also the attention that VisionZip reads, from 4 patches a token; at N = 16384 some minutes",
+    )
+    parser.add_argument(
+        "--results", type=Path, metavar="FOLDER", help="keep table, rows and environment under FOLDER/<machine>-<date>/"
     )
     arguments = parser.parse_args(argv)
+    if min(*arguments.tokens, arguments.repeats, arguments.threads) < 1 or not 0 < arguments.budget <= 1:
+        parser.error("tokens, repeats and threads start at 1, and a budget lies above 0 and up to 1")
+    width = arguments.width
+    if width < 2 or width % (128 if width > 128 else 2):
+        parser.error(f"--width {width}: give an even number, from 128 on a multiple of 128")
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-
-    table = Table(
-        title=f"float32, D={arguments.width}, budget {arguments.budget:g}, {device}, "
-        f"{arguments.threads} thread(s), median of {arguments.repeats}"
+    title = (
+        f"float32, D={width}, budget {arguments.budget:g}, {machine(str(device))}, {arguments.threads} thread(s), "
+        f"median of at most {arguments.repeats}"
     )
-    table.add_column("part", no_wrap=True)
-    for heading in ("N", "ms", "naive ms", "faster", "MiB", "naive MiB", "less"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for n in arguments.tokens:
-        for case in _cases(n, arguments.width, arguments.budget, device, arguments.attention):
-            if arguments.methods and case.name.split(":")[0] not in arguments.methods:
-                continue
-            paired = case.naive is not None and n <= arguments.naive_tokens
-            forms = [case.ours, case.naive] if paired and case.naive else [case.ours]
-            seconds = median_seconds(forms, device, arguments.repeats)
-            mebibytes = [_peak_mebibytes(form) for form in forms]
-            table.add_row(
-                case.name,
-                str(n),
-                f"{seconds[0] * 1e3:.2f}",
-                f"{seconds[1] * 1e3:.2f}" if paired else "",
-                f"{seconds[1] / seconds[0]:.1f}x" if paired else "",
-                f"{mebibytes[0]:.1f}",
-                f"{mebibytes[1]:.1f}" if paired else "",
-                f"{mebibytes[1] / mebibytes[0]:.1f}x" if paired else "",
-            )
-    console = Console()
-    console.width = max(console.width, 100)  # a pipe would cut the numbers
-    console.print(table)
+    folder = None
+    if arguments.results:
+        folder = arguments.results / f"{slug(machine(str(device)))}-{datetime.now(UTC):%Y-%m-%d}" / "compressors"
+        surroundings = {**environment(), "threads": arguments.threads}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "environment.json", json.dumps(surroundings, indent=2) + "\n")
+    rows: list[Row] = []
+    known: dict[str, tuple[int, Measured]] = {}
+    # The first N may be too large for a naive form that nothing is known of.
+    tried = sorted({*arguments.tokens, min(_SMALL, *arguments.tokens)})
+    with Console(stderr=True).status("") as status:
+        for n in tried:
+            for case in _cases(n, width, arguments.budget, device, arguments.attention):
+                if arguments.methods and case.name.split(":")[0] not in arguments.methods:
+                    continue
+                asked = n in arguments.tokens
+                if not asked and case.naive is None:
+                    continue
+                status.update(f"{case.name}, N={n}")
+                why = _too_much(known.get(case.name), n, arguments.naive_seconds, arguments.naive_gib)
+                forms = [case.ours, case.naive] if case.naive and not why else [case.ours]
+                found = measure(forms, device, arguments.repeats if asked else 1)
+                if len(found) == 2:
+                    known[case.name] = n, found[1]
+                if not asked:
+                    continue
+                rows.append(Row.of(case.name, n, found, why if case.naive else "none"))
+                if folder:
+                    text = f"# Compressors beside their naive forms\n\n{title}\n\n{shown(rows)}\n"
+                    write_atomic(folder / "table.md", text)
+                    write_atomic(folder / "rows.csv", pd.DataFrame(map(asdict, rows)).to_csv(index=False))
+    Console(width=200, soft_wrap=True).print(f"{title}\n\n{shown(rows)}", markup=False, highlight=False)
     return 0
 
 
-def _peak_mebibytes(run: Callable[[], object]) -> float:
-    with Allocations() as allocations:
-        run()
-    return allocations.peak_bytes / 2**20
+@dataclass(frozen=True)
+class Row:
+    """One case at one N: times in milliseconds, memory in MiB; nan, and `naive` says why, where no naive form ran."""
+
+    part: str
+    n: int
+    ms: float
+    naive_ms: float
+    faster: float
+    mib: float
+    naive_mib: float
+    less: float
+    repeats: int
+    naive: str
+
+    @classmethod
+    def of(cls, part: str, n: int, found: Sequence[Measured], why: str) -> Row:
+        """From one form or both."""
+        ours, slow = found[0], found[1] if len(found) == 2 else Measured(math.nan, 0, 0)
+        naive_mib = slow.bytes / 2**20 if slow.repeats else math.nan
+        return cls(
+            part=part,
+            n=n,
+            ms=ours.seconds * 1e3,
+            naive_ms=slow.seconds * 1e3,
+            faster=slow.seconds / ours.seconds,
+            mib=ours.bytes / 2**20,
+            naive_mib=naive_mib,
+            less=naive_mib * 2**20 / max(1, ours.bytes),
+            repeats=ours.repeats,
+            naive=why or "run",
+        )
+
+
+def shown(rows: Sequence[Row]) -> str:
+    """A Markdown table."""
+    head = ["part", "N", "ms", "naive ms", "faster", "MiB", "naive MiB", "less"]
+    lines = []
+    for row in rows:
+        ran = row.naive == "run"
+        slow = [f"{row.naive_ms:.2f}", f"{row.faster:.1f}x"] if ran else ["" if row.naive == "none" else row.naive, ""]
+        large = [f"{row.naive_mib:.1f}", f"{row.less:.1f}x"] if ran else ["", ""]
+        lines.append([row.part, row.n, f"{row.ms:.2f}", *slow, f"{row.mib:.1f}", *large])
+    align = ("left", *["right"] * 7)
+    return tabulate(lines, head, tablefmt="pipe", disable_numparse=True, colalign=align if lines else None)
+
+
+def _too_much(known: tuple[int, Measured] | None, n: int, seconds: float, gib: float) -> str:
+    """Why the naive form is not run at `n`, going by its cost at a smaller N; empty where it may run."""
+    if known is None:
+        return ""
+    growth = (n / known[0]) ** 2
+    if known[1].bytes * growth > gib * 2**30:
+        return f"over {gib:g} GiB"
+    return f"over {seconds:g} s" if known[1].seconds * growth > seconds else ""
 
 
 if __name__ == "__main__":

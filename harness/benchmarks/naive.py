@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from visionselector_eval.baselines.base import rounded
+from visionselector_eval.baselines.sparsevlm import merged_into, recycled_of
+from visionselector_eval.models.decoder_pruning import PromptView
 from visionselector_eval.models.visionselector import Scorer
 
 
@@ -275,3 +277,57 @@ def naive_pooling(features: Tensor, grid: tuple[int, int, int], bands: int, colu
     """2-D adaptive average pooling of each frame to bands x columns."""
     frames = features.view(*grid, -1).permute(0, 3, 1, 2)
     return torch.nn.functional.adaptive_avg_pool2d(frames, (bands, columns)).flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+def _queries_and_keys(view: PromptView, layer: int) -> tuple[Tensor, Tensor]:
+    """(H, S, d) each, of all tokens."""
+    normed = view.previous if layer < view.layer else view.access.attention_input(layer, view.hidden)
+    assert normed is not None
+    queries = view.access.queries(layer, normed, *view.tables)
+    keys = view.access.keys(layer, normed, *view.tables)
+    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+    return queries.transpose(0, 1), keys.transpose(0, 1)
+
+
+def naive_map(view: PromptView, layer: int) -> Tensor:
+    """(H, S, S) causal attention of `layer`, written out as `output_attentions` does."""
+    queries, keys = _queries_and_keys(view, layer)
+    scores = queries @ keys.transpose(1, 2) * view.access.scale(layer)
+    return (scores + torch.full_like(scores[0], -torch.inf).triu(1)).softmax(dim=-1)
+
+
+def naive_fastv(view: PromptView, count: int, rows: str = "last") -> list[int]:
+    """FastV's choice among the visual tokens by the full map of the layer before (arXiv 2403.06764)."""
+    mean = naive_map(view, view.layer - 1).mean(dim=0)
+    received = mean[-1] if rows == "last" else mean.mean(dim=0)
+    return sorted(_ranked(received[view.visual])[:count])
+
+
+def naive_pyramiddrop(view: PromptView, count: int) -> list[int]:
+    """PyramidDrop's choice by q and k of all tokens, of which one row is used (arXiv 2410.17247)."""
+    queries, keys = _queries_and_keys(view, view.layer)
+    scores = keys @ queries[:, -1, :, None] * view.access.scale(view.layer)  # (H, S, 1)
+    return sorted(_ranked(scores[..., 0].softmax(dim=-1).mean(dim=0)[view.visual])[:count])
+
+
+def naive_sparsevlm(view: PromptView, count: int) -> list[int]:
+    """SparseVLM's places by the full attention map and the full matrix of distances (arXiv 2410.04417)."""
+    visual, words = view.embeds[view.first_visual], view.embeds[view.first_text]
+    liking = (visual @ words.T).softmax(dim=-1).mean(dim=0)
+    raters = view.text[liking > liking.mean()]
+    relation = naive_map(view, view.layer - 1)[:, raters].mean(dim=(0, 1))[view.visual]
+    order, states = _ranked(relation), view.hidden[view.visual]
+    clusters, wanted = 0, min(1, count // 2, len(order) - count)
+    while wanted > clusters:  # merged tokens are part of the count
+        clusters, wanted = wanted, min(merged_into(len(order) - count + wanted), count // 2)
+    if not clusters:
+        return sorted(order[:count])
+    gone = order[count - clusters :]
+    recycled = sorted(gone[: max(clusters, recycled_of(len(gone)))])
+    x = states[recycled]
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
+    density = (-distance.topk(clusters, largest=False).values.square().mean(dim=1)).exp()
+    delta = torch.where(density[None] > density[:, None], distance, torch.inf).amin(dim=1)
+    delta = torch.where(delta.isinf(), distance.max(), delta)
+    centres = _ranked(density * delta)[:clusters]
+    return sorted(order[: count - clusters] + [recycled[centre] for centre in centres])

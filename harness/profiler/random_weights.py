@@ -328,10 +328,10 @@ def build_random(
             # Tables that are computed, not loaded, came empty from the meta device; the model's own code fills them.
             if not part._non_persistent_buffers_set:
                 continue
-            for name in part._non_persistent_buffers_set:
-                table = getattr(part, name)
+            for computed in part._non_persistent_buffers_set:
+                table = getattr(part, computed)
                 if table is not None and table.is_floating_point():
-                    setattr(part, name, table.float())
+                    setattr(part, computed, table.float())
             owner._init_weights(part)
     fill(model, seed)
     tokens = front.tokenizer

@@ -32,7 +32,6 @@ from visionselector_eval.baselines import (
 from visionselector_eval.baselines.base import unit_rows
 from visionselector_eval.baselines.divprune import pick_order
 from visionselector_eval.harness.benchmarks.compressors import Allocations
-from visionselector_eval.harness.benchmarks.compressors import main as benchmark
 from visionselector_eval.harness.benchmarks.naive import (
     naive_cdpruner,
     naive_divprune,
@@ -725,10 +724,3 @@ def test_allocations_are_counted():
 def test_top_k_breaks_ties_by_index_and_ranks_nan_last():
     assert top_k(torch.tensor([1.0, 2.0, 2.0, torch.nan, 2.0]), 2).tolist() == [1, 2]
     assert top_k(torch.tensor([torch.nan, -5.0]), 1).tolist() == [1]
-
-
-def test_benchmark_prints_a_row_for_every_chooser(capsys):
-    arguments = ["--tokens", "24", "--width", "8", "--repeats", "1", "--attention"]
-    assert benchmark(arguments) == 0
-    table = capsys.readouterr().out
-    assert all(name in table for name in [*CHOOSERS, "visionzip: attention"])

@@ -80,6 +80,7 @@ def test_computed_tables_are_those_that_transformers_makes(shaped) -> None:
 @pytest.mark.parametrize("shape", ["qwen2_5_vl_tiny", "llava_tiny", "llava_stf_tiny"])
 def test_every_method_runs_on_random_weights(shape) -> None:
     made = build_random(shape)
+    assert made.id == f"random:{shape}"
     inputs = synthetic(made.processor, 64).items[0].make()
     for name in available():
         if (shape, name) == ("llava_stf_tiny", "downsample"):
