@@ -353,6 +353,36 @@ class SimilarityRows:
         return self._rows.pop(wanted)
 
 
+# Tokens whose similarities a GPU holds at once (256 MiB), and one block of threads their values in its registers.
+_FUSED = 8192
+
+
+def pick_all(
+    unit: Tensor, start: Tensor | None, weight: float, count: int, *, fades: bool = False
+) -> LongTensor | None:
+    """Pick `count` tokens, each the first one whose value is the largest up to rounding (`first_largest`).
+
+    After a pick p with similarities s a value becomes `start - weight * max(s of all picks)`; with `fades` it becomes
+    `max(0, value - exp(-weight * (1 - s)^2) * value[p])`. What is picked is not picked again.
+
+    Parameters
+    ----------
+    unit: (N, D) rows of length 1, or 0. count: 1 <= count <= N.
+    start: (N,) the first values, same dtype; None: 0 for all, and the first pick is the token whose most similar other
+        token is least similar.
+
+    Returns
+    -------
+    (count,) int64, or None where only the caller's own loop can do it: not on CUDA, not float32, more than 8192
+    tokens, or no working Triton.
+    """
+    if not unit.is_cuda or unit.dtype != torch.float32 or unit.shape[0] > _FUSED:
+        return None
+    from . import fused
+
+    return fused.run(unit, start, weight, count, fades) if fused.works(unit.device) else None
+
+
 def traced(tokens: VisualTokens, method: str, *names: str) -> list[Tensor]:
     """The fields `names` of the tokens' trace; of alternatives ("cls|received") the first that it holds.
 

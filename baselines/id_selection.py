@@ -7,7 +7,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import LongTensor, Tensor
 
-from .base import Compressor, InputError, Selection, SimilarityRows, VisualTokens, first_largest, traced, unit_rows
+from .base import (
+    Compressor,
+    InputError,
+    Selection,
+    SimilarityRows,
+    VisualTokens,
+    first_largest,
+    pick_all,
+    traced,
+    unit_rows,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +64,8 @@ def pick_order(features: Tensor, importance: Tensor, count: int, gamma: float = 
     low, high = importance.aminmax()
     # Where all are equal, all are 1: then only the distances decide.
     left = torch.where(high > low, (importance - low) / (high - low), 1).to(unit.dtype)
+    if (fused := pick_all(unit, left, gamma, count, fades=True)) is not None:
+        return fused
     rows = SimilarityRows(unit)
     order = torch.empty(count, dtype=torch.int64, device=unit.device)
     for step in range(count):

@@ -406,7 +406,12 @@ def _report_parser() -> _Parser:
     parser = _Parser(
         prog=f"{PROGRAM} report",
         description="Rebuild the leaderboard files of a run from its folder alone, and print the table.",
-        epilog=_example("report runs/sweep", "report runs/sweep --difficulty", "report runs/sweep --published"),
+        epilog=_example(
+            "report runs/sweep",
+            "report runs/sweep --difficulty",
+            "report runs/sweep --published",
+            "report runs/sweep --against divprune",
+        ),
     )
     parser.add_argument("run", help="run folder of a sweep")
     parser.add_argument(
@@ -420,12 +425,23 @@ def _report_parser() -> _Parser:
         help="also what papers print for the same backbones, tasks and methods, in tables of its own; writes "
         "published.md",
     )
+    parser.add_argument(
+        "--against",
+        metavar="ROW[@BUDGET]",
+        help="also how every row differs from this one, in points with paired intervals: a label of the leaderboard, "
+        "at each budget its own or at the one given; writes against.md and .csv",
+    )
+    parser.add_argument(
+        "--against-backbone", metavar="ID", help="with --against: the row of this backbone, for those of all others"
+    )
     return parser
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from .leaderboard import write
 
+    if arguments.against_backbone is not None and arguments.against is None:
+        raise InputError("--against-backbone goes with --against")
     parts = [write(arguments.run).to_terminal(_width())]
     # Printed together at the end: what is asked for beside the leaderboard may refuse the run.
     if arguments.difficulty:
@@ -436,6 +452,10 @@ def _report(arguments: argparse.Namespace) -> int:
         from . import published
 
         parts.append(published.write(arguments.run))
+    if arguments.against is not None:
+        from . import against
+
+        parts.append(against.write(arguments.run, arguments.against, arguments.against_backbone))
     _print("\n".join(parts))
     return EXIT_OK
 

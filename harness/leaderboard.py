@@ -220,7 +220,7 @@ class Leaderboard:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """All seeds of one (backbone, label, budget, task)."""
 
     done: pd.DataFrame
@@ -255,13 +255,7 @@ def build_leaderboard(
     notes: list[str] = []
     cells = prepared(cells, notes)
     remarks = backbone_remarks(cells)
-    documents = _documents(samples)
-    entries: dict[tuple[str, str, str], dict[str, _Entry]] = {}
-    for key, group in cells.groupby(["backbone", "label", "budget", "task"], sort=True):
-        backbone, label, budget, task = (str(part) for part in key)
-        done = group[group["status"] == "done"]
-        entry = _Entry(done, group[group["status"] != "done"], _mean_over_seeds(done, documents))
-        entries.setdefault((backbone, label, budget), {})[task] = entry
+    entries = entries_of(cells, samples)
 
     tidy: list[dict[str, Any]] = []
     summary: list[dict[str, Any]] = []
@@ -294,6 +288,18 @@ def build_leaderboard(
     task_frame = pd.DataFrame(tasks)
     display = _display(summary_frame, tidy_frame, task_frame)
     return Leaderboard(tidy_frame, summary_frame, display, task_frame, tuple(notes), dict(environment or {}), remarks)
+
+
+def entries_of(cells: pd.DataFrame, samples: pd.DataFrame) -> dict[tuple[str, str, str], dict[str, Entry]]:
+    """What `prepared` cells and their documents hold, by (backbone, label, budget) and then by task."""
+    documents = _documents(samples)
+    entries: dict[tuple[str, str, str], dict[str, Entry]] = {}
+    for key, group in cells.groupby(["backbone", "label", "budget", "task"], sort=True):
+        backbone, label, budget, task = (str(part) for part in key)
+        done = group[group["status"] == "done"]
+        entry = Entry(done, group[group["status"] != "done"], _mean_over_seeds(done, documents))
+        entries.setdefault((backbone, label, budget), {})[task] = entry
+    return entries
 
 
 def prepared(cells: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
@@ -390,27 +396,29 @@ def _mean_over_seeds(done: pd.DataFrame, documents: Mapping[str, pd.DataFrame]) 
     return mean
 
 
-def _method(row: Mapping[str, _Entry]) -> str:
+def _method(row: Mapping[str, Entry]) -> str:
     return str(next(iter(row.values())).first("method"))
 
 
-def _obstacle(entry: _Entry, other: _Entry | None) -> str:
-    """Why two entries of a task must not be compared; empty where they may."""
+def obstacle(entry: Entry, other: Entry | None, name: str = "full") -> str:
+    """Why two entries of a task must not be compared; empty where they may. `name`: what the other row is called."""
     if other is None or not len(other.done):
-        return "no full row"
+        return f"no {name} row"
     if entry.first("metric") != other.first("metric"):
-        return "another metric than the full row"
+        return f"another metric than the {name} row"
     contexts = {value for value in (*entry.done["context"], *other.done["context"]) if value}
     if len(contexts) > 1:
-        return "other settings than the full row"
+        return f"other settings than the {name} row"
     if entry.documents is not None and other.documents is not None:
         same = entry.documents.index.equals(other.documents.index)
     else:
         same = set(entry.done["n_documents"]) == set(other.done["n_documents"])
-    return "" if same else "other documents than the full row"
+    return "" if same else f"other documents than the {name} row"
 
 
-def _paired(entry: _Entry, other: _Entry) -> stats.Interval | None:
+def paired(entry: Entry, other: Entry) -> stats.Interval | None:
+    """The mean difference of two entries over the same documents, in units of their scores; None where there is no
+    interval."""
     if entry.documents is None or other.documents is None or not entry.documents.index.equals(other.documents.index):
         return None
     clusters = None
@@ -422,10 +430,10 @@ def _paired(entry: _Entry, other: _Entry) -> stats.Interval | None:
     return interval if math.isfinite(interval.low) else None
 
 
-def _relative_points(entry: _Entry, other: _Entry, full: _Entry) -> stats.Interval | None:
+def _relative_points(entry: Entry, other: Entry, full: Entry) -> stats.Interval | None:
     """The paired difference of two entries in points of relative %, positive where `entry` is the better
     one."""
-    interval = _paired(entry, other)
+    interval = paired(entry, other)
     if interval is None or full.documents is None:
         return None
     base = float(full.documents["score"].mean())
@@ -434,7 +442,7 @@ def _relative_points(entry: _Entry, other: _Entry, full: _Entry) -> stats.Interv
     return stats.scaled(interval, (100 if full.first("higher_is_better") else -100) / base)
 
 
-def _task_row(key: tuple[str, str, str], task: str, row: Mapping[str, _Entry], full: _Entry | None) -> dict[str, Any]:
+def _task_row(key: tuple[str, str, str], task: str, row: Mapping[str, Entry], full: Entry | None) -> dict[str, Any]:
     backbone, label, budget = key
     out: dict[str, Any] = {
         "backbone": backbone,
@@ -484,12 +492,12 @@ def _task_row(key: tuple[str, str, str], task: str, row: Mapping[str, _Entry], f
         "total_tokens": entry.mean("total_tokens"),
         "layer_tokens": entry.mean("layer_tokens"),
     }
-    out["note"] = _obstacle(entry, full)
+    out["note"] = obstacle(entry, full)
     if out["note"]:
         return out
     assert full is not None
     out["relative"] = stats.relative(entry.score, full.score, bool(entry.first("higher_is_better")))
-    if _method(row) != REFERENCE and (interval := _paired(entry, full)) is not None:
+    if _method(row) != REFERENCE and (interval := paired(entry, full)) is not None:
         out |= {"difference": interval.difference, "low": interval.low, "high": interval.high}
         out["distinguishable"] = stats.distinguishable(interval)
     return out
@@ -497,9 +505,9 @@ def _task_row(key: tuple[str, str, str], task: str, row: Mapping[str, _Entry], f
 
 def _summary_row(
     key: tuple[str, str, str],
-    row: Mapping[str, _Entry],
+    row: Mapping[str, Entry],
     details: Sequence[Mapping[str, Any]],
-    full: Mapping[str, _Entry],
+    full: Mapping[str, Entry],
 ) -> dict[str, Any]:
     backbone, label, budget = key
     method = _method(row)
@@ -540,7 +548,7 @@ def _summary_row(
 
 
 def _row_interval(
-    row: Mapping[str, _Entry], other: Mapping[str, _Entry], full: Mapping[str, _Entry], tasks: Sequence[str]
+    row: Mapping[str, Entry], other: Mapping[str, Entry], full: Mapping[str, Entry], tasks: Sequence[str]
 ) -> stats.Interval | None:
     """The difference of two rows' mean relative % over `tasks`; None unless every one of them has an
     interval."""
@@ -553,8 +561,8 @@ def _row_interval(
 
 def _ranked(
     rows: list[dict[str, Any]],
-    own: Mapping[tuple[str, str, str], Mapping[str, _Entry]],
-    full: Mapping[str, _Entry],
+    own: Mapping[tuple[str, str, str], Mapping[str, Entry]],
+    full: Mapping[str, Entry],
 ) -> list[dict[str, Any]]:
     """Rows in the order shown, with the best of each budget found and the others compared with it."""
     # What the full row itself cannot give (a score of 0, a failure) is missing for all alike; means over the
@@ -609,7 +617,7 @@ def budget_order(text: str) -> tuple[int, float]:
     return (0, -budget.ratio) if isinstance(budget, Share) else (1, -float(budget.number))
 
 
-def _problems(backbone: str, own: Mapping[tuple[str, str, str], Mapping[str, _Entry]]) -> list[str]:
+def _problems(backbone: str, own: Mapping[tuple[str, str, str], Mapping[str, Entry]]) -> list[str]:
     lines, reasons = [], set()
     for (_, label, budget), row in own.items():
         for task, entry in row.items():

@@ -17,7 +17,7 @@ from visionselector_eval.models.protocols import PROTOCOLS
 
 FILES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 # What all compressors share; every other file in baselines/ is one method.
-SHARED = {"__init__", "base", "budget", "chain", "errors", "registry"}
+SHARED = {"__init__", "base", "budget", "chain", "errors", "fused", "fused_kernel", "registry"}
 METHODS = [path for path in FILES if path.parent.name == "baselines" and path.stem not in SHARED]
 
 

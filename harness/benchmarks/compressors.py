@@ -3,11 +3,11 @@
     python -m visionselector_eval.harness.benchmarks.compressors --tokens 1024 4096 16384 --threads 2 --attention
 
 Both forms run in turn in one process on the same random features; read the ratios, the milliseconds belong to
-this machine. The naive forms (`naive.py`) are full matrices and re-scans, as in most published code. They grow at least
-with N^2: one that would by its time or memory at a smaller N go over `--naive-seconds` or `--naive-gib` is not run, and
-the table says so. A decoder-stage method is timed at its first stage, in a layer as wide as the tokens with heads of
-128 channels and four of them for keys, as in Qwen2.5-VL-7B. MiB is the peak of what an operation allocates beside its
-inputs.
+this machine. The naive forms (`naive.py`) are full matrices and re-scans, as in most published code. Their memory grows
+with N^2, and their time, K being a share of N, with N^3: one that would by its cost at a smaller N go over
+`--naive-seconds` or `--naive-gib` is not run, and the table says so. A decoder-stage method is timed at its first
+stage, in a layer as wide as the tokens with heads of 128 channels and four of them for keys, as in Qwen2.5-VL-7B. MiB
+is the peak of what an operation allocates beside its inputs.
 
 VisionZip's cost lies in its attention (`--attention`); its merging has no naive form. DART and Dynamic-Qwen do what
 their published code does. With `--results` the table is kept, after each row, with the rows and the environment.
@@ -441,10 +441,10 @@ def _too_much(known: tuple[int, Measured] | None, n: int, seconds: float, gib: f
     """Why the naive form is not run at `n`, going by its cost at a smaller N; empty where it may run."""
     if known is None:
         return ""
-    growth = (n / known[0]) ** 2
-    if known[1].bytes * growth > gib * 2**30:
+    growth = n / known[0]
+    if known[1].bytes * growth**2 > gib * 2**30:
         return f"over {gib:g} GiB"
-    return f"over {seconds:g} s" if known[1].seconds * growth > seconds else ""
+    return f"over {seconds:g} s" if known[1].seconds * growth**3 > seconds else ""
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from visionselector_eval.baselines.base import (
     SimilarityRows,
     VisualTokens,
     first_largest,
+    pick_all,
     unit_rows,
 )
 
@@ -73,6 +74,8 @@ def pick_order(features: Tensor, scores: Tensor, count: int, balance: float = 0.
     unit = unit_rows(features)
     low, high = scores.aminmax()
     importance = balance * ((scores - low) / (high - low + 1e-6)).to(unit.dtype)
+    if (fused := pick_all(unit, importance, 1 - balance, count)) is not None:
+        return fused
     closest = torch.full_like(importance, -torch.inf)
     rows = SimilarityRows(unit)
     order = torch.empty(count, dtype=torch.int64, device=unit.device)

@@ -123,6 +123,12 @@ def test_report_rebuilds_the_leaderboard_from_the_folder_alone(tmp_path, capsys)
         assert swept.startswith(reported)
     assert "divprune" in reported
     assert "tiny_pope" in re.sub(r"\s+", "", reported)
+    code, held, err = run(capsys, "report", str(tmp_path / "moved"), "--against", "full")
+    assert (code, err) == (0, "")
+    assert held.startswith(reported)
+    assert "against full" in held
+    assert "divprune" in (tmp_path / "moved" / "against.md").read_text()
+    assert (tmp_path / "moved" / "against.csv").read_text().startswith("backbone,label,budget,task,difference,low,high")
 
 
 # ask -----------------------------------------------------------------------------------------------------------------
@@ -308,6 +314,10 @@ MISTAKES = {
     "image and video": (lambda t, m: ["ask", "?", "--image", "a", "--video", "b"], "not allowed with"),
     "no tokens": (lambda t, m: ["ask", "?", "--max-new-tokens", "0"], "give at least 1"),
     "no run": (lambda t, m: ["report", str(t / "none")], "there is no run folder"),
+    "backbone of no row": (
+        lambda t, m: ["report", str(t), "--against-backbone", "tiny"],
+        "--against-backbone goes with --against",
+    ),
     "empty run": (lambda t, m: ["report", str(t)], "no finished or failed cell"),
     "device": (lambda t, m: ["sweep", "--device", "gpu"], "device 'gpu' is not one"),
     "dtype": (lambda t, m: ["sweep", "--dtype", "float8"], "unknown dtype 'float8'"),

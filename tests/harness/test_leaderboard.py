@@ -16,6 +16,7 @@ import pytest
 
 from visionselector_eval.baselines import InputError
 from visionselector_eval.harness import stats
+from visionselector_eval.harness.against import MEAN, against
 from visionselector_eval.harness.leaderboard import Leaderboard, build_leaderboard, write
 from visionselector_eval.harness.store import CellRecord, Run, digest_of
 
@@ -569,3 +570,88 @@ def test_write_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no finished or failed cell"):
         write(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- against one row
+
+
+def differences(table: Table, *reference: str) -> dict[tuple[str, str, str, str], pd.Series]:
+    found = against(pd.DataFrame(table.cells), pd.DataFrame(table.samples), *reference)
+    return {tuple(row[["backbone", "label", "budget", "task"]]): row for _, row in found.iterrows()}  # type: ignore[misc]
+
+
+def test_rows_are_held_against_the_row_of_their_budget() -> None:
+    found = differences(grid(), "random")
+    assert {key[1] for key in found} == {"good", "bad"}  # full is at another budget, and random itself
+    for budget, worse in (("0.1", 2), ("0.3", 1), ("64tok", 1)):
+        row = found["tiny", "good", budget, "docvqa_val"]
+        plain = stats.paired_difference(flipped(worse), flipped(5 * worse))
+        assert row["difference"] == pytest.approx(100 * plain.difference) == pytest.approx(20 * worse)
+        assert (row["low"], row["high"]) == pytest.approx((100 * plain.low, 100 * plain.high))
+        assert row["distinguishable"]
+        mean = found["tiny", "good", budget, MEAN]
+        assert mean["difference"] == pytest.approx(20 * worse)
+        assert mean["high"] - mean["low"] < row["high"] - row["low"]  # two benchmarks say more than one
+        assert found["tiny", "bad", budget, MEAN]["difference"] < 0
+
+
+def test_rows_are_held_against_one_row_of_any_budget() -> None:
+    found = differences(grid(), "good@30%")
+    assert found["tiny", "good", "0.1", MEAN]["difference"] == pytest.approx(-5)
+    assert found["tiny", "full", "1", MEAN]["difference"] == pytest.approx(5)
+    assert ("tiny", "good", "0.3", MEAN) not in found
+    assert differences(grid(), "full").keys() == differences(grid(), "full@1").keys()
+
+
+def test_points_are_of_the_largest_score_and_positive_where_better() -> None:
+    table = Table()
+    table.add("one", "0.1", "ocrbench", [500.0, 0.0, 1000.0], scale=1000.0)
+    table.add("two", "0.1", "ocrbench", [0.0, 0.0, 1000.0], scale=1000.0)
+    table.add("one", "0.1", "wer", [0.5, 0.0, 1.0], higher_is_better=False)
+    table.add("two", "0.1", "wer", [0.0, 0.0, 1.0], higher_is_better=False)
+    table.add("one", "0.1", "unknown", [0.5, 0.0, 1.0], scale=None)
+    table.add("two", "0.1", "unknown", [0.0, 0.0, 1.0], scale=None)
+    table.add("one", "0.1", "mme", [1.0, 0.0, 1.0], scale=2000.0, mean_of_documents=False)
+    table.add("two", "0.1", "mme", [0.0, 0.0, 1.0], scale=2000.0, mean_of_documents=False)
+    found = differences(table, "two")
+    assert found["tiny", "one", "0.1", "ocrbench"]["difference"] == pytest.approx(50 / 3)
+    assert found["tiny", "one", "0.1", "wer"]["difference"] == pytest.approx(-50 / 3)
+    assert found["tiny", "one", "0.1", "mme"]["difference"] == pytest.approx(100 / 3)
+    assert found["tiny", "one", "0.1", "unknown"]["note"] == "the largest score is not known"
+    assert math.isnan(found["tiny", "one", "0.1", MEAN]["difference"])
+
+
+def test_a_row_of_another_backbone_can_be_the_one() -> None:
+    table = grid()
+    for task in ("chartqa", "docvqa_val"):
+        table.add("full", "1", task, flipped(3), backbone="fused")
+    found = differences(table, "random@0.1", "tiny")
+    assert found["fused", "full", "1", MEAN]["difference"] == pytest.approx(35)
+    assert found["tiny", "bad", "0.1", MEAN]["difference"] == pytest.approx(-20)
+    assert not [key for key in differences(table, "random") if key[0] == "fused"]
+
+
+def test_what_can_not_be_compared_says_why() -> None:
+    table = grid()
+    table.add("other", "0.1", "chartqa", RIGHT, doc_ids=list(range(1, 21)))
+    table.add("other", "0.1", "docvqa_val", [], status="failed", error="boom")
+    table.add("more", "0.1", "pope", RIGHT)
+    found = differences(table, "good")
+    assert found["tiny", "other", "0.1", "chartqa"]["note"] == "other documents than the good row"
+    assert found["tiny", "other", "0.1", "docvqa_val"]["note"] == "failed"
+    assert found["tiny", "more", "0.1", "pope"]["note"] == "no good row"
+    assert math.isnan(found["tiny", "more", "0.1", MEAN]["difference"])
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        (("god",), "unknown row of this run 'god': did you mean 'good'"),
+        (("good@0.5",), "no row 'good@0.5': 'good' was run at 0.3, 0.1, 64tok"),
+        (("good@much",), "budget"),
+        (("good", "tine"), "unknown backbone of this run 'tine': did you mean 'tiny'"),
+    ],
+)
+def test_a_row_that_is_not_there_is_bad_input(reference, message) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        differences(grid(), *reference)
