@@ -25,18 +25,29 @@ def run(unit: Tensor, start: Tensor | None, weight: float, count: int, fades: bo
     from .fused_kernel import picks  # brings Triton along, which nothing but a GPU needs
 
     n = unit.shape[0]
-    similarity = unit @ unit.T
+    similarity = (unit @ unit.T).fill_diagonal_(-torch.inf)  # a picked token's own value is never looked at again
     if start is None:
         start = unit.new_zeros(n)
-        first = first_largest(-similarity.clone().fill_diagonal_(-torch.inf).amax(dim=1))
+        first = first_largest(-similarity.amax(dim=1))
     else:
         first = first_largest(start)
     order = torch.empty(count, dtype=torch.int64, device=unit.device)
     block = max(32, 1 << (n - 1).bit_length())
     slack = 8 * torch.finfo(unit.dtype).eps
-    picks[(1,)](
-        similarity, start, first, order, n, count, weight, slack, FADES=fades, BLOCK=block, num_warps=warps(block)
-    )
+    with torch.cuda.device_of(unit):  # Triton launches on the current device, wherever the tensors are
+        picks[(1,)](
+            similarity,
+            start,
+            first,
+            order,
+            n,
+            count,
+            float(weight),
+            slack,
+            FADES=fades,
+            BLOCK=block,
+            num_warps=warps(block),
+        )
     return order  # type: ignore[return-value]
 
 

@@ -36,13 +36,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from visionselector_eval.baselines import EncoderTrace, VisualTokens, build
+from visionselector_eval.baselines import EncoderTrace, InputError, VisualTokens, build
 from visionselector_eval.baselines.base import DecoderCompressor, Share, unit_rows
 from visionselector_eval.baselines.cdpruner import relevance
 from visionselector_eval.harness.environment import environment
 from visionselector_eval.harness.store import write_atomic
 from visionselector_eval.models.decoder_pruning import LayerAccess, PromptView
 from visionselector_eval.models.dynamic_qwen import Predictor
+from visionselector_eval.models.loading import choose_device
 from visionselector_eval.models.visionselector import Scorer
 
 from . import naive
@@ -314,43 +315,52 @@ def _cases(n: int, width: int, ratio: float, device: torch.device, attention: bo
     return [*cases, *decoder_cases(n, width, ratio, device)]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print one table; 0 when every case ran."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The flags of this module."""
+    made = argparse.ArgumentParser(
         prog="python -m visionselector_eval.harness.benchmarks.compressors",
         description="Time and memory of each compressor beside the naive form of the same method.",
         epilog="example: --tokens 1024 4096 --width 3584 --budget 0.2",
     )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048], help="visual tokens N")
-    parser.add_argument("--width", type=int, default=3584, help="size of a token (3584: Qwen2.5-VL-7B)")
-    parser.add_argument("--budget", type=float, default=0.2, help="share of tokens to keep")
-    parser.add_argument("--methods", nargs="+", help="these only; all where not given")
-    parser.add_argument("--naive-seconds", type=float, default=60, help="run no naive form that would take longer")
-    parser.add_argument("--naive-gib", type=float, default=8, help="run no naive form that would allocate more")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each form, at most")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument(
+    made.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048], help="visual tokens N")
+    made.add_argument("--width", type=int, default=3584, help="size of a token (3584: Qwen2.5-VL-7B)")
+    made.add_argument("--budget", type=float, default=0.2, help="share of tokens to keep")
+    made.add_argument("--methods", nargs="+", help="these only; all where not given")
+    made.add_argument("--naive-seconds", type=float, default=60, help="run no naive form that would take longer")
+    made.add_argument("--naive-gib", type=float, default=8, help="run no naive form that would allocate more")
+    made.add_argument("--repeats", type=int, default=5, help="timed runs of each form, at most")
+    made.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:1")
+    made.add_argument(
         "--threads",
         type=int,
         default=1,
         help="CPU threads; with several, waiting for a busy core is inside the times",
     )
-    parser.add_argument(
+    made.add_argument(
         "--attention",
         action="store_true",
         help="also the attention that VisionZip reads, from 4 patches a token; at N = 16384 some minutes",
     )
-    parser.add_argument(
+    made.add_argument(
         "--results", type=Path, metavar="FOLDER", help="keep table, rows and environment under FOLDER/<machine>-<date>/"
     )
-    arguments = parser.parse_args(argv)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print one table; 0 when every case ran."""
+    flags = parser()
+    arguments = flags.parse_args(argv)
     if min(*arguments.tokens, arguments.repeats, arguments.threads) < 1 or not 0 < arguments.budget <= 1:
-        parser.error("tokens, repeats and threads start at 1, and a budget lies above 0 and up to 1")
+        flags.error("tokens, repeats and threads start at 1, and a budget lies above 0 and up to 1")
     width = arguments.width
     if width < 2 or width % (128 if width > 128 else 2):
-        parser.error(f"--width {width}: give an even number, from 128 on a multiple of 128")
+        flags.error(f"--width {width}: give an even number, from 128 on a multiple of 128")
     torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
+    try:
+        device = torch.device(choose_device(arguments.device))
+    except InputError as error:
+        flags.error(str(error))
     title = (
         f"float32, D={width}, budget {arguments.budget:g}, {machine(str(device))}, {arguments.threads} thread(s), "
         f"median of at most {arguments.repeats}"

@@ -133,6 +133,8 @@ def readme(folder: Path, command: str, on_gpu: bool) -> str:
         "",
     ]
     lines += [f"- [{shape}]({shape}/table.md)" for shape in shapes]
+    if (folder / "compressors" / "table.md").is_file():
+        lines += ["- [compressors](compressors/table.md) alone, by `harness/benchmarks/compressors.py`"]
     if on_gpu:
         lines += ["", f"## Targets at N = {_N}, budget {_BUDGET}", ""]
         lines += ["| shape | target | measured | met |", "|---|---|---|---|"]

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from visionselector_eval.baselines import fused
+from visionselector_eval.baselines import divprune, fused, id_selection
 from visionselector_eval.baselines.base import _FUSED, pick_all, unit_rows
+from visionselector_eval.models.visionselector import idpruner
 
 triton = pytest.importorskip("triton", reason="no Triton for this platform")
 
@@ -80,13 +81,37 @@ def test_the_kernel_is_built_for_gpus(capability: int, fades: bool) -> None:
         **dict.fromkeys(("n", "count"), "i32"),
         **dict.fromkeys(("weight", "slack"), "fp32"),
     }
-    for block in (32, _FUSED):
-        source = ASTSource(picks, types, constexprs={"FADES": fades, "BLOCK": block})
+    # Triton builds a kernel of its own where an integer is 1.
+    for block, ones in ((32, {"n": 1, "count": 1}), (32, {"count": 1}), (_FUSED, {})):
+        given = {name: kind for name, kind in types.items() if name not in ones}
+        source = ASTSource(picks, given, constexprs={"FADES": fades, "BLOCK": block, **ones})
         built = triton.compile(
             source, target=GPUTarget("cuda", capability, 32), options={"num_warps": fused.warps(block)}
         )
         assert len(built.asm["cubin"]) > 1000
         assert ".local" not in built.asm["ptx"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("n", [1, 100, 4096, _FUSED])
+def test_on_a_gpu_the_kernel_picks_what_the_loops_pick(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = torch.randn(n, 256, device="cuda")
+    importance = torch.rand(n, device="cuda")
+    count = max(1, n // 5)
+    runs = [
+        (divprune, (features, count)),
+        (idpruner, (features, importance, count)),
+        (id_selection, (features, importance, count)),
+    ]
+    assert fused.works(features.device)
+    for module, arguments in runs:
+        fast = module.pick_order(*arguments).tolist()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "pick_all", lambda *a, **b: None)
+            slow = module.pick_order(*arguments).tolist()
+        # Two sums of the same products differ by rounding, which may break a tie that is none.
+        assert len(set(fast) & set(slow)) > 0.99 * count, module.__name__
 
 
 def test_no_kernel_where_there_is_no_gpu() -> None:

@@ -64,7 +64,15 @@ def test_results_hold_table_rows_and_environment(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--tokens", "0"], ["--width", "7"], ["--width", "200"], ["--budget", "0"], ["--repeats", "0"]]
+    "arguments",
+    [
+        ["--tokens", "0"],
+        ["--width", "7"],
+        ["--width", "200"],
+        ["--budget", "0"],
+        ["--repeats", "0"],
+        ["--device", "gpu"],
+    ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
