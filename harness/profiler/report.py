@@ -155,9 +155,9 @@ def _cell(workload: str, cell: Any, rows: pd.DataFrame, full: pd.DataFrame, prof
     line["reserved_mib"] = _median(memory, "reserved_bytes") / _MIB
     line["whole_gib"] = float(memory["whole_bytes"].mean()) / 2**30 if "whole_bytes" in memory else math.nan
     for prefix, phases in (("memory", PHASES), ("llm", _LLM_PHASES)):
-        whole = _peak(full_memory, measure, phases)
-        line[f"{prefix}_mib"] = _peak(memory, measure, phases) / _MIB
-        line[f"{prefix}_saved"] = 1 - _peak(memory, measure, phases) / whole if whole else math.nan
+        whole = peak(full_memory, measure, phases)
+        line[f"{prefix}_mib"] = peak(memory, measure, phases) / _MIB
+        line[f"{prefix}_saved"] = 1 - peak(memory, measure, phases) / whole if whole else math.nan
     line["joules"], line["watts"] = _median(energy, "joules"), _median(energy, "watts")
     line["energy_saved"] = 1 - line["joules"] / _median(full[full["kind"] == "energy"], "joules")
     for phase in ("vision", "compressor", "prefill", "decode"):
@@ -178,8 +178,16 @@ def _cell(workload: str, cell: Any, rows: pd.DataFrame, full: pd.DataFrame, prof
     return line
 
 
-def _peak(memory: pd.DataFrame, measure: str, phases: Sequence[str]) -> float:
-    """The largest peak among `phases`, each the smallest of the rounds; median over the workload's items.
+def peak(memory: pd.DataFrame, measure: str, phases: Sequence[str]) -> float:
+    """Bytes: the largest peak among `phases`, each the smallest of its rounds; median over the items of a workload.
+
+    Parameters
+    ----------
+    memory: one row a round, with `item` and `<measure>_<phase>_bytes`. measure: allocated, reserved or rss.
+
+    Returns
+    -------
+    nan without rows, or without any of the columns.
 
     What an allocator holds beside an answer's own tensors (scratch memory that a library kept, pages of another phase)
     comes and goes between rounds of the same answer, and twice the peak is nothing rare on a CPU. Peaks that are

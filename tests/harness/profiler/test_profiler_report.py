@@ -295,9 +295,9 @@ def test_what_an_allocator_holds_beside_an_answer_is_no_part_of_its_peak():
             "rss_decode_bytes": [20.0, 20.0, 26.0, 10.0, 10.0],
         }
     )
-    assert report._peak(memory, "rss", ("vision", "prefill", "decode")) == (42 + 64) / 2
-    assert report._peak(memory, "rss", ("prefill", "decode")) == (38 + 64) / 2
+    assert report.peak(memory, "rss", ("vision", "prefill", "decode")) == (42 + 64) / 2
+    assert report.peak(memory, "rss", ("prefill", "decode")) == (38 + 64) / 2
     sampled = memory.assign(memory_method="resident memory sampled every 2 ms")
-    assert report._peak(sampled, "rss", ("vision", "prefill")) == (90 + 81.5) / 2
-    assert math.isnan(report._peak(memory, "allocated", ("vision",)))
-    assert math.isnan(report._peak(memory[:0], "rss", ("vision",)))
+    assert report.peak(sampled, "rss", ("vision", "prefill")) == (90 + 81.5) / 2
+    assert math.isnan(report.peak(memory, "allocated", ("vision",)))
+    assert math.isnan(report.peak(memory[:0], "rss", ("vision",)))
