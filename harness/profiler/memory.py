@@ -15,6 +15,7 @@ import psutil
 import torch
 
 _SAMPLING_SECONDS = 0.002
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -69,11 +70,17 @@ class CudaMemory:
 
 
 class ResidentMemory:
-    """The kernel's own high-water mark of this process's resident memory, reset at every border (Linux)."""
+    """The kernel's own high-water mark of this process's resident memory, reset at every border (Linux).
+
+    While it watches, glibc gives every tensor of 64 KiB and more pages of its own and takes them back at once. From its
+    heap, which tensors of up to 32 MiB come from in a process that has freed some, holes between them would be counted,
+    too, as many as what ran before happened to leave.
+    """
 
     method = "VmHWM, reset at each border"
 
     def __init__(self) -> None:
+        _own_pages(from_bytes=1 << 16)
         settle_heap()
         self._reset()
         self.baseline = self.whole = _status("VmRSS")
@@ -102,7 +109,8 @@ class ResidentMemory:
         _raise(self.peaks["rss"], phase, peak - self.baseline)
 
     def close(self) -> None:
-        pass
+        # Where glibc's own rule, which can't be switched on again, ends up in a process that frees large tensors.
+        _own_pages(from_bytes=1 << 25)
 
 
 class SampledMemory:
@@ -162,6 +170,14 @@ def trim_heap() -> None:
     """Give free memory back to the system (glibc keeps it else), so that what one phase freed is not the next one's."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _own_pages(from_bytes: int) -> None:
+    """Have glibc map what is at least so large by itself, and keep at most twice as much of what is freed."""
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, from_bytes)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * from_bytes)
 
 
 def settle_heap() -> None:

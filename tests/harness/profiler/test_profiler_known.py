@@ -160,6 +160,29 @@ def test_known_allocations_are_reported_within_a_mebibyte() -> None:
         assert found[phase] == pytest.approx(true, abs=1.0), phase
 
 
+@pytest.mark.skipif(not ResidentMemory.usable(), reason="the kernel's mark of resident memory can't be reset here")
+def test_holes_in_the_heap_are_no_part_of_a_peak() -> None:
+    ResidentMemory().close()  # from here on tensors of less than 32 MiB come from the heap
+    profiler, bound = known.profiler_of(Holes(), CPU)
+    for _ in range(2):
+        row = profiler.memory(bound, profiler.backbone.inputs(), "d")
+        assert row["rss_decode_bytes"] / 2**20 == pytest.approx(20, abs=1)
+
+
+class Holes:
+    """Leaves a hole of nearly 20 MiB behind every 20 MiB of a token."""
+
+    def __init__(self) -> None:
+        self.kept: list[torch.Tensor] = []
+
+    def __call__(self, phase: str) -> None:
+        if phase == "decode":
+            large = torch.empty(20 << 20, dtype=torch.uint8).fill_(1)
+            self.kept.append(torch.zeros(10_000))
+            del large
+            self.kept.append(torch.zeros(5_000))
+
+
 def test_sampled_memory_sees_what_lasts_longer_than_its_interval() -> None:
     profiler, bound = known.profiler_of(Lingering(), CPU)
     row = profiler.memory(bound, profiler.backbone.inputs(), "d", probe=lambda _: SampledMemory(0.001))
