@@ -29,5 +29,6 @@ def picks(similarity, start, first, order, n, count, weight, slack, FADES: tl.co
             value = begin - weight * closest
         left = tl.where(open_, value, float("-inf"))
         largest = tl.max(left, axis=0)
-        pick = tl.min(tl.where(open_ & (left + slack >= largest), at, BLOCK), axis=0).to(tl.int64)
+        # NaN is no largest value: the last token then, twice, which is refused later on; never a row that is not there.
+        pick = tl.min(tl.where(open_ & (left + slack >= largest), at, n - 1), axis=0).to(tl.int64)
         step += 1

@@ -28,7 +28,7 @@ from .leaderboard import (
 from .store import Run, load_run, write_atomic
 
 MEAN = "mean"
-COLUMNS = ("backbone", "label", "budget", "task", "difference", "low", "high", "distinguishable", "documents", "note")
+COLUMNS = ("backbone", "label", "budget", "task", "difference", "low", "high", "distinguishable", "units", "note")
 
 _LEGEND = (
     "Row minus the row named above, in points (100 = the largest score; where the metric is no mean over documents, "
@@ -55,13 +55,15 @@ def against(
     Returns
     -------
     One row for each (backbone, label, budget, task) and one more with task "mean"; columns `COLUMNS`, differences in
-    points; nan, and `note` says why, where two entries can't be compared.
+    points (nan where two entries can't be compared, and `note` says why), units the documents or clusters of them,
+    and `backbone_remark`.
 
     Raises
     ------
     InputError: no such row, or a budget that can't be read.
     """
     cells = prepared(cells, [])
+    remarks = backbone_remarks(cells)
     entries = entries_of(cells, samples)
     wanted = _wanted(entries, reference, reference_backbone)
     rows = []
@@ -81,7 +83,8 @@ def against(
         rows.append(_row((backbone, label, budget, MEAN), together, "" if together else "not every task has one"))
     if not rows:
         raise InputError(f"this run holds nothing beside '{reference}' that could be compared with it")
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    return table.assign(backbone_remark=[remarks.get(backbone, "") for backbone in table["backbone"]])
 
 
 def _wanted(
@@ -133,7 +136,7 @@ def _row(key: tuple[str, str, str, str], interval: stats.Interval | None, note: 
         "low": interval.low if interval else math.nan,
         "high": interval.high if interval else math.nan,
         "distinguishable": stats.distinguishable(interval) if interval and known else None,
-        "documents": interval.units if interval else 0,
+        "units": interval.units if interval else 0,
         "note": note,
     }
 
@@ -145,17 +148,15 @@ def write(folder: str | Path, reference: str, reference_backbone: str | None = N
     ------
     InputError: as `against`, and where the folder holds no run.
     """
-    cells, samples = load_run(folder)
-    table = against(cells, samples, reference, reference_backbone)
-    remarks = backbone_remarks(prepared(cells, []))
+    table = against(*load_run(folder), reference, reference_backbone)
     run = Run.open(folder, create=True)
     whose = f"{reference_backbone}: {reference}" if reference_backbone else reference
     write_atomic(run.folder / "against.csv", table.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
-    write_atomic(run.folder / "against.md", "# " + _text(table, f"Against {whose}", remarks, "github", "## "))
-    return _text(table, f"against {whose}", remarks, "simple", "")
+    write_atomic(run.folder / "against.md", "# " + _text(table, f"Against {whose}", "github", "## "))
+    return _text(table, f"against {whose}", "simple", "")
 
 
-def _text(table: pd.DataFrame, heading: str, remarks: Mapping[str, str], style: str, mark: str) -> str:
+def _text(table: pd.DataFrame, heading: str, style: str, mark: str) -> str:
     def escaped(text: str) -> str:
         return text.replace("|", "\\|") if style == "github" else text
 
@@ -170,7 +171,7 @@ def _text(table: pd.DataFrame, heading: str, remarks: Mapping[str, str], style: 
             lines.append([budget_text(str(budget)), escaped(str(label)), *shown])
         align = ["right", "left", *["right"] * len(tasks)]
         drawn = tabulate(lines, ["budget", "method", *tasks], tablefmt=style, disable_numparse=True, colalign=align)
-        parts += [mark + escaped(titled(backbone, remarks.get(backbone, ""))), "", drawn, ""]
+        parts += [mark + escaped(titled(backbone, own["backbone_remark"].iloc[0])), "", drawn, ""]
     notes = sorted({f"{t}: {note}" for t, note in zip(table["task"], table["note"], strict=True) if note and t != MEAN})
     return "\n".join([*parts, *(f"- {escaped(line)}" for line in (*_LEGEND, *notes))]) + "\n"
 

@@ -53,6 +53,9 @@ for seed, (n, kind) in enumerate((n, kind) for n in (1, 2, 3, 31, 32, 33, 150) f
             module.pick_all = pick_all
             assert fast == slow, (module.__name__, n, kind, count, fast, slow)
             checked += 1
+for fades in (False, True):
+    broken = fused.run(torch.eye(5), torch.full((5,), torch.nan), 1.0, 4, fades)
+    assert 0 <= broken.min() <= broken.max() < 5, broken
 print(checked)
 """
 
