@@ -31,8 +31,8 @@ from visionselector_eval.baselines import (
 )
 from visionselector_eval.baselines.base import unit_rows
 from visionselector_eval.baselines.divprune import pick_order
-from visionselector_eval.harness.benchmarks.compressors import Allocations
-from visionselector_eval.harness.benchmarks.naive import (
+from visionselector_eval.harness.microbenchmarks.compressors import Allocations
+from visionselector_eval.harness.microbenchmarks.naive import (
     naive_cdpruner,
     naive_divprune,
     naive_fading,

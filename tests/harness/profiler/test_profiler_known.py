@@ -1,4 +1,4 @@
-"""The profiler on a model whose delays and allocations are known; `harness.benchmarks.profiler` is the strict form."""
+"""The profiler on a model whose delays and allocations are known; `harness.microbenchmarks.profiler` is the strict form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from battery import PROMPTS
 
 from visionselector_eval.baselines import build
 from visionselector_eval.baselines.base import ScoreDecoder, Share
-from visionselector_eval.harness.benchmarks import profiler as known
+from visionselector_eval.harness.microbenchmarks import profiler as known
 from visionselector_eval.harness.profiler.measure import Bound, Profiler
 from visionselector_eval.harness.profiler.memory import ResidentMemory, SampledMemory, weight_bytes
 from visionselector_eval.harness.profiler.phases import FIRST_TOKEN, PHASES, PhaseRecorder

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from visionselector_eval.harness import cli
-from visionselector_eval.harness.benchmarks import measured
+from visionselector_eval.harness.microbenchmarks import measured
 from visionselector_eval.harness.profiler import measure
 from visionselector_eval.harness.profiler.measure import Progress, out_of_memory
 from visionselector_eval.harness.profiler.nvml import Nvml, NvmlSampler

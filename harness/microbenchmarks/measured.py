@@ -2,11 +2,11 @@
 
 On a machine with an NVIDIA GPU, 7B and 3B shapes in bfloat16 at N = 1024, 4096 and 16384:
 
-    python -m visionselector_eval.harness.benchmarks.measured --device cuda
+    python -m visionselector_eval.harness.microbenchmarks.measured --device cuda
 
 On a CPU, the embedded checkpoint and the 0.5B shape at N = 256:
 
-    python -m visionselector_eval.harness.benchmarks.measured --device cpu --repeats 10 --warmup 2
+    python -m visionselector_eval.harness.microbenchmarks.measured --device cpu --repeats 10 --warmup 2
 
 Writes <results>/<machine>-<date>/<shape>/ and a README.md with the targets beside it. The same command on the same day
 (or with `--date`) goes on where it was stopped; `--minutes` stops it by itself.
@@ -52,7 +52,7 @@ class TimeUp(Exception):
     """The minutes given are over."""
 
 
-class _Limited(ProfileScreen):
+class TimeLimitedScreen(ProfileScreen):
     """Stops after a sample once the time is over; what is measured stays."""
 
     def __init__(self, end: float) -> None:
@@ -134,15 +134,31 @@ def readme(folder: Path, command: str, on_gpu: bool) -> str:
     ]
     lines += [f"- [{shape}]({shape}/table.md)" for shape in shapes]
     if (folder / "compressors" / "table.md").is_file():
-        lines += ["- [compressors](compressors/table.md) alone, by `harness/benchmarks/compressors.py`"]
+        lines += ["- [compressors](compressors/table.md) alone, by `harness/microbenchmarks/compressors.py`"]
     if on_gpu:
-        lines += ["", f"## Targets at N = {_N}, budget {_BUDGET}", ""]
-        lines += ["| shape | target | measured | met |", "|---|---|---|---|"]
-        for shape in shapes:
-            for t in targets(shape, report.summary(load_profile(folder / shape))):
-                met = "-" if t.met is None else "yes" if t.met else "no"
-                lines.append(f"| {t.shape} | {t.what} | {t.measured} | {met} |")
+        lines += target_table(folder, shapes)
     return "\n".join(lines) + "\n"
+
+
+def target_table(folder: Path, shapes: Sequence[str]) -> list[str]:
+    """Markdown lines: each shape's targets, what was measured, and whether that is enough."""
+    lines = ["", f"## Targets at N = {_N}, budget {_BUDGET}", ""]
+    lines += ["| shape | target | measured | met |", "|---|---|---|---|"]
+    for shape in shapes:
+        profile = load_profile(folder / shape)
+        for t in [*targets(shape, report.summary(profile)), overhead_target(shape, profile.rows)]:
+            met = "-" if t.met is None else "yes" if t.met else "no"
+            lines.append(f"| {t.shape} | {t.what} | {t.measured} | {met} |")
+    return lines
+
+
+def overhead_target(shape: str, rows: pd.DataFrame) -> Target:
+    """The profiler's own cost, all workloads of a shape together."""
+    what = "the profiler's own overhead: at most 1 % of the latency"
+    ratio = report.overhead(rows)
+    if pd.isna(ratio.estimate):
+        return Target(shape, what, "not measured", None)
+    return Target(shape, what, f"{100 * (ratio.estimate - 1):+.1f} %", ratio.estimate <= 1.01)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -195,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 }
             )
             try:
-                with _Limited(end) as screen:
+                with TimeLimitedScreen(end) as screen:
                     failed += len(run_profile(spec, progress=screen).failed)
             except TimeUp:
                 stopped = True
@@ -207,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True).print(f"measured: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
     given = list(sys.argv[1:] if arguments is None else arguments)
-    command = f"python -m visionselector_eval.harness.benchmarks.measured {shlex.join(given)}".rstrip()
+    command = f"python -m visionselector_eval.harness.microbenchmarks.measured {shlex.join(given)}".rstrip()
     text = readme(folder, command, device.startswith("cuda"))
     write_atomic(folder / "README.md", text)
     console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,6 +1,6 @@
 """Time and memory of each compressor beside the naive form of the same method.
 
-    python -m visionselector_eval.harness.benchmarks.compressors --tokens 1024 4096 16384 --threads 2 --attention
+    python -m visionselector_eval.harness.microbenchmarks.compressors --tokens 1024 4096 16384 --threads 2 --attention
 
 Both forms run in turn in one process on the same random features; read the ratios, the milliseconds belong to
 this machine. The naive forms (`naive.py`) are full matrices and re-scans, as in most published code. Their memory grows
@@ -49,6 +49,7 @@ from visionselector_eval.models.visionselector import Scorer
 from . import naive
 from .measured import machine, slug
 
+LARGE, SMALL = (1024, 4096, 16384), (64, 256)  # visual tokens: of a GPU's table, of a dry run
 _DEPTH = 28  # of the LLM that decoder-stage methods are asked about
 _SMALL = 1024  # visual tokens at which every naive form can be tried
 _ENOUGH = 30.0  # seconds; a case that took so long is not repeated
@@ -318,7 +319,7 @@ def _cases(n: int, width: int, ratio: float, device: torch.device, attention: bo
 def parser() -> argparse.ArgumentParser:
     """The flags of this module."""
     made = argparse.ArgumentParser(
-        prog="python -m visionselector_eval.harness.benchmarks.compressors",
+        prog="python -m visionselector_eval.harness.microbenchmarks.compressors",
         description="Time and memory of each compressor beside the naive form of the same method.",
         epilog="example: --tokens 1024 4096 --width 3584 --budget 0.2",
     )
@@ -344,6 +345,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--results", type=Path, metavar="FOLDER", help="keep table, rows and environment under FOLDER/<machine>-<date>/"
     )
+    made.add_argument("--output", type=Path, metavar="FOLDER", help="the same in FOLDER itself")
     return made
 
 
@@ -365,9 +367,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"float32, D={width}, budget {arguments.budget:g}, {machine(str(device))}, {arguments.threads} thread(s), "
         f"median of at most {arguments.repeats}"
     )
-    folder = None
-    if arguments.results:
+    folder = arguments.output
+    if folder is None and arguments.results:
         folder = arguments.results / f"{slug(machine(str(device)))}-{datetime.now(UTC):%Y-%m-%d}" / "compressors"
+    if folder:
         surroundings = {**environment(), "threads": arguments.threads}
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "environment.json", json.dumps(surroundings, indent=2) + "\n")

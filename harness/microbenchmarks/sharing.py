@@ -1,7 +1,7 @@
 """What sharing one loaded model, one image decode and one vision pass between cells saves.
 
-    python -m visionselector_eval.harness.benchmarks.sharing
-    python -m visionselector_eval.harness.benchmarks.sharing --pretrained FOLDER --task chartqa --limit 64
+    python -m visionselector_eval.harness.microbenchmarks.sharing
+    python -m visionselector_eval.harness.microbenchmarks.sharing --pretrained FOLDER --task chartqa --limit 64
 
 The same cells (methods x budgets of one task, and the full row that every sweep has) are answered and scored in four
 ways, in one run of this program, and must give the same answers:

@@ -1,6 +1,6 @@
 """The profiler against a model whose delays and allocations are known.
 
-    python -m visionselector_eval.harness.benchmarks.profiler --repeats 20
+    python -m visionselector_eval.harness.microbenchmarks.profiler --repeats 20
 
 Exit code 1 unless every phase's median is within 2 ms or 2 % of the truth, and every peak within 1 MiB. For a quiet
 machine: on a busy one a sleep itself is late. With `--device cuda` the delays are kernels that spin for a known time,
