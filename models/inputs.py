@@ -9,7 +9,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 from PIL import Image
 
@@ -93,6 +92,8 @@ def read_video(path: str | Path, settings: MediaSettings) -> tuple[np.ndarray, d
     ------
     InputError: where the file is missing or is no video that can be decoded.
     """
+    import av  # images need no video decoder, and a machine without network may have none
+
     path = Path(path)
     if not path.is_file():
         raise InputError(f"video '{path}' is not there")
