@@ -19,9 +19,10 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -134,15 +135,20 @@ def check_all(table: Correctness, device: str, end: float) -> None:
     TimeUp: checks remain.
     """
 
-    def checks() -> Iterator[tuple[str, str, str, object]]:
+    def checks() -> Iterator[tuple[str, str, str, Callable[[], str]]]:
         if device.startswith("cuda"):
             for n in correctness.KERNEL_SIZES:
-                yield f"N={n}", "kernel", "picks equal the loop's", lambda n=n: correctness.kernel_equals_loop(n, device)
+                yield (
+                    f"N={n}",
+                    "kernel",
+                    "picks equal the loop's",
+                    lambda n=n: correctness.kernel_equals_loop(n, device),
+                )
         for checkpoint in correctness.checkpoints():
             pair = correctness.Pair(checkpoint, device)
             for method in correctness.methods_of(pair):
                 for name, check in correctness.CHECKS.items():
-                    yield checkpoint, method, name, lambda c=check, p=pair, m=method: c(p, m)
+                    yield checkpoint, method, name, partial(check, pair, method)
 
     for subject, method, name, check in checks():
         if table.known(subject, method, name):
@@ -150,7 +156,7 @@ def check_all(table: Correctness, device: str, end: float) -> None:
         if time.monotonic() > end:
             raise TimeUp
         try:
-            differs = check()  # type: ignore[operator]
+            differs = check()
         except Exception as error:  # a check that breaks is a finding, too, and the others go on
             log.debug("a check failed", exc_info=error)
             differs = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -139,11 +139,11 @@ def naive_vispruner(features: Tensor, attention: Tensor, count: int, important: 
     """What VisPruner keeps, with all similarities anew in every round (arXiv 2412.01818)."""
     ranked = _ranked(attention)
     kept = ranked[: int(count * important)]
-    left = torch.tensor(ranked[len(kept) :])
+    left = torch.tensor(ranked[len(kept) :], device=features.device)
     unit = _unit(features)
     while len(left) > count - len(kept):
         even, odd = left[::2], left[1::2]
-        alike = rounded(unit[even] @ unit[odd].T).amax(dim=1) if len(odd) else torch.zeros(len(even))
+        alike = rounded(unit[even] @ unit[odd].T).amax(dim=1) if len(odd) else features.new_zeros(len(even))
         order = alike.sort(descending=True, stable=True).indices
         dropped = min(8, len(left) - (count - len(kept)), len(even))
         left = torch.cat([even[order[dropped:]], odd])
@@ -166,7 +166,7 @@ def naive_prumerge(
     unit = _unit(keys)
     rows = []
     for i in sorted(kept):
-        others = torch.cat([torch.arange(i), torch.arange(i + 1, n)])
+        others = torch.cat([torch.arange(i, device=keys.device), torch.arange(i + 1, n, device=keys.device)])
         other_features, other_unit = features[others], unit[others]
         alike = other_unit @ unit[i]
         if neighbours < len(others):
@@ -176,7 +176,7 @@ def naive_prumerge(
             equal = ((alike - last).abs() <= slack).nonzero()[:, 0]
             near = torch.cat([sure, equal[: neighbours - len(sure)]])
         else:
-            near = torch.arange(len(others))
+            near = torch.arange(len(others), device=keys.device)
         rows.append(features[i] + (attention[others[near], None] * other_features[near]).sum(dim=0))
     return sorted(kept), torch.stack(rows)
 
@@ -219,7 +219,7 @@ def naive_tome(features: Tensor, metric: Tensor | None, count: int) -> tuple[lis
             groups.setdefault(2 * int((cosine[edge] == cosine[edge].max()).nonzero()[0]) + 1, []).append(2 * edge)
         for target, sources in groups.items():
             parts = [target, *sources]
-            mass = torch.tensor([size[i] for i in parts], dtype=x.dtype)[:, None]
+            mass = torch.tensor([size[i] for i in parts], dtype=x.dtype, device=x.device)[:, None]
             x[target] = (mass * x[parts]).sum(dim=0) / mass.sum()
             metric[target] = x[target] if on_features else (mass * metric[parts]).sum(dim=0) / mass.sum()
             size[target] = sum(size[i] for i in parts)
@@ -235,7 +235,7 @@ def naive_fusion2x2(
     x, size, place = dict(enumerate(features)), dict.fromkeys(range(len(features)), 1), list(range(len(features)))
     while len(place) > count:
         t, h, w = grid if grid[1] * grid[2] > 1 else (1, 1, grid[0])
-        at = torch.tensor(place).view(t, h, w)
+        at = torch.tensor(place, device=features.device).view(t, h, w)
         grid = (t, -(-h // 2), -(-w // 2))
         windows = [
             at[f, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].flatten().tolist()
@@ -261,7 +261,7 @@ def naive_fusion2x2(
             if len(members) > 1:
                 surplus -= len(members) - 1
                 rows = torch.stack([x[i] for i in members])
-                mass = torch.tensor([size[i] for i in members], dtype=rows.dtype)
+                mass = torch.tensor([size[i] for i in members], dtype=rows.dtype, device=rows.device)
                 fused = (mass / mass.sum()) @ rows
                 if sim:
                     mass = mass * torch.exp(_unit(rows) @ _unit(fused[None])[0] / 0.1)

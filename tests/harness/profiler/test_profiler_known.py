@@ -1,4 +1,4 @@
-"""The profiler on a model whose delays and allocations are known; `harness.microbenchmarks.profiler` is the strict form."""
+"""The profiler on a model whose delays and allocations are known; `microbenchmarks.profiler` is the strict form."""
 
 from __future__ import annotations
 
