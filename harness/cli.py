@@ -215,9 +215,10 @@ def _sweep_parser() -> _Parser:
         parser.add_argument(f"--profile-{flag}", type=int, metavar="N", help=help_text)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--only-missing", action="store_true", help="run what the run folder does not hold yet (default)"
+        "--overwrite",
+        action="store_true",
+        help="forget this sweep's cells first (by default its finished cells are kept, and what is missing runs)",
     )
-    which.add_argument("--overwrite", action="store_true", help="forget this sweep's cells first")
     which.add_argument(
         "--replace-stale",
         action="store_true",

@@ -190,7 +190,7 @@ def spec_table() -> str:
     for name, info in SweepSpec.model_fields.items():
         default = info.get_default(call_default_factory=True)
         shown = "" if default is None or default in ([], {}) else f"`{_shown(default)}`"
-        rows.append(f"| `{name}` | {shown} | {info.description} |")
+        rows.append(table_row(f"`{name}`", shown, info.description or ""))
     return "\n".join(rows) + "\n"
 
 
@@ -206,7 +206,7 @@ def training_table() -> str:
         values = [
             "-" if info is None else f"`{text}`" if (text := shown_default(info)) else "" for info in owners.values()
         ]
-        rows.append(f"| `{name}` | {' | '.join(values)} | {' / '.join(texts)} |")
+        rows.append(table_row(f"`{name}`", *values, " / ".join(texts)))
     return "\n".join(rows) + "\n"
 
 
@@ -235,10 +235,15 @@ def method_sections() -> str:
         needs = ", ".join(sorted(method.needs)) or ("hidden states" if method.stage == "decoder" else "features")
         paper = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", method.paper)
         said = [method.stage, needs, "yes" if method.trained else "no", paper, method.deviations, method.cost]
-        rows.append(f"| {' | '.join([f'[{name}](#{name})', *said])} |")
+        rows.append(table_row(f"[{name}](#{name})", *said))
         lines = [f"- `{f.name}` (default `{f.default!r}`): {f.metadata['help']}" for f in options]
         sections.append("\n".join([f"## {name}", "", text, *(["", "Options:", "", *lines] if lines else [])]))
     return "\n".join(rows) + "\n\n" + "\n\n".join(sections) + "\n\n"
+
+
+def table_row(*cells: str) -> str:
+    """A row of a table in Markdown; a bar within a cell does not end it."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def rewritten(text: str, markers: tuple[str, str], content: str) -> str:
@@ -274,7 +279,6 @@ def test_every_method_says_where_it_comes_from_and_what_it_costs() -> None:
         assert method.name == name
         for said in (method.paper, method.deviations, method.cost):
             assert said, name
-            assert "|" not in said, "it would end the cell of the table"
         assert re.search(r"arXiv \d{4}\.\d{5}|^none: |AngelSlim|UniPruneBench", method.paper), name
         assert re.fullmatch(r"none|one resize.*|time O\(.*memory O\(.*\)", method.cost), name
         learned = {f.name for f in dataclasses.fields(method)} & {"scorer", "predictor"}

@@ -8,7 +8,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -456,3 +458,38 @@ def test_a_reader_that_stops_early_is_no_error(tmp_path):
     listing.stdout.close()
     assert listing.stderr.read() == ""
     assert listing.wait() == 0
+
+
+def test_every_flag_that_is_taken_is_read():
+    """A flag is read by its name, or as a field of a spec that is read; none is taken and forgotten."""
+    import argparse
+    import ast
+
+    from visionselector_eval.harness.cli import COMMANDS
+
+    def flags(parser: argparse.ArgumentParser) -> Iterator[str]:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for inner in action.choices.values():
+                    yield from flags(inner)
+            elif not isinstance(action, argparse._HelpAction):
+                yield action.dest
+
+    read: set[str] = set()
+    for file in (ROOT / "harness").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                read.update({node.value, f"profile_{node.value}"})
+    fields = {name for spec in _specs() for name in spec.model_fields}
+    for command, (make_parser, _, _) in COMMANDS.items():
+        assert not set(flags(make_parser())) - read - fields, command
+
+
+def _specs() -> list[Any]:
+    from visionselector_eval.harness.profiler.spec import ProfileSpec
+    from visionselector_eval.harness.spec import SweepSpec
+    from visionselector_eval.harness.training import KINDS
+
+    return [SweepSpec, ProfileSpec, *KINDS.values()]

@@ -332,7 +332,7 @@ def test_wrong_flags_are_one_clear_line():
         (["--budgets"], "argument --budgets: expected at least one argument"),
         (["--budgets", "-1"], "budget '-1' is not usable"),
         (["--budget", "0.2"], "unknown argument '--budget': did you mean --budgets"),
-        (["--overwrite", "--only-missing"], "not allowed with argument"),
+        (["--overwrite", "--replace-stale"], "not allowed with argument"),
         (["stray"], "unknown argument 'stray'"),
     ):
         with pytest.raises(InputError, match=message) as caught:
