@@ -20,7 +20,7 @@ from visionselector_eval.baselines import build, parse_budget
 from visionselector_eval.baselines.base import InputError
 from visionselector_eval.models.answering import Answer, Answerer, PreparedBatch, Request, Setting
 from visionselector_eval.models.generation import generation_arguments
-from visionselector_eval.models.inputs import MediaSettings
+from visionselector_eval.models.inputs import MediaSettings, UnsupportedMediaError
 from visionselector_eval.models.loading import load_backbone
 from visionselector_eval.models.tiny import EMBEDDED
 from visionselector_eval.tasks import binding
@@ -239,11 +239,15 @@ def _prepare(
     """
     try:
         return answerer.prepare([request for _, request in asked], settings), {}
+    except UnsupportedMediaError as error:  # not this document's fault: skipping would score the whole task as empty
+        raise InputError(f"{asked[0][0][0]} can't be answered: {error}") from error
     except InputError as error:
         broken: dict[Document, str] = {}
         for document, request in asked:  # one by one, to find out which
             try:
                 answerer.inputs([request])
+            except UnsupportedMediaError as cause:
+                raise InputError(f"{document[0]} can't be answered: {cause}") from cause
             except InputError as cause:
                 task, doc_id = document
                 named = f"document {doc_id} of {task}"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from visionselector_eval.baselines.base import Budget, Compressor
+from visionselector_eval.baselines.base import Budget, Compressor, InputError
 
 from .backbones.base import Backbone
 from .generation import cut, generation_arguments
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from torch import LongTensor
 
     from .decoder_pruning import Entered
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,17 +37,19 @@ class Request:
     messages: gives the conversation (see `build_inputs`) when needed, so that pictures are decoded batch by batch.
     generation: the task's generation settings.
     until: strings at which the answer ends.
+    repetition: counts the times that the document is asked, so that each has a sample of its own.
     """
 
     key: str
     messages: Callable[[], Sequence[Mapping[str, Any]]]
     generation: Mapping[str, Any] = field(default_factory=dict)
     until: tuple[str, ...] = ()
+    repetition: int = 0
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A compressor at a budget. `seed` is that of sampled answers; greedy ones do not depend on it."""
+    """A compressor at a budget. `seed`, document and repetition choose a sampled answer; greedy ones need none."""
 
     compressor: Compressor
     budget: Budget
@@ -78,6 +85,43 @@ class PreparedBatch:
     encoded: Encoded
 
 
+def _sample_seed(seed: int, request: Request) -> int:
+    """The seed of a sampled answer. Methods and budgets share it, so that their difference is not one of luck."""
+    name = f"{seed}:{request.key}:{request.repetition}"
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+
+
+class _RowDraws(TorchFunctionMode):
+    """Each row of `torch.multinomial` from a generator of its own: what stands beside it in a batch has no influence.
+
+    Parameters
+    ----------
+    seeds: one a row. Draws over another number of rows are left alone. device: where the probabilities are.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        super().__init__()
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        arguments = dict(kwargs or {})
+        if func is torch.multinomial and "generator" not in arguments and len(args[0]) == len(self._generators):
+            rows = zip(args[0], self._generators, strict=True)
+            return torch.stack([func(row, *args[1:], generator=own, **arguments) for row, own in rows])
+        return func(*args, **arguments)
+
+
+@contextmanager
+def _sampling(seeds: Sequence[int], device: torch.device) -> Iterator[None]:
+    """Draws that depend on `seeds` alone; the random state outside stays as it was."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seeds[0])  # for draws that are not one a row
+        with _RowDraws(seeds, device):
+            yield
+
+
 class Answerer:
     """Answers requests with one backbone.
 
@@ -103,9 +147,16 @@ class Answerer:
 
         Raises
         ------
-        InputError: a picture or video that can't be read.
+        InputError: a picture or video that can't be read, or anything that the processor does not take.
         """
-        return build_inputs(self.backbone.processor, [r.messages() for r in requests], self.settings)
+        try:
+            return build_inputs(self.backbone.processor, [r.messages() for r in requests], self.settings)
+        except InputError:
+            raise
+        except Exception as error:  # processors refuse a document with whatever exception they meet
+            log.debug("the processor refused a batch", exc_info=error)
+            text = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"the checkpoint's processor refused the input ({text[:300]})") from error
 
     def answer(self, batch: PreparedBatch, setting: Setting) -> list[Answer]:
         """Answers of a prepared batch under one setting. All requests of a batch share their generation settings."""
@@ -116,9 +167,11 @@ class Answerer:
         )
         arguments = generation_arguments(first.generation)
         if arguments["do_sample"]:
-            name = f"{setting.seed}:{setting.compressor.name}:{setting.budget}:{'|'.join(keys)}"
-            torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1)
-        tokens, seen = self.backbone.run_generate(compressed, **arguments)
+            seeds = [_sample_seed(setting.seed, r) for r in batch.requests]
+            with _sampling(seeds, self.backbone.device):
+                tokens, seen = self.backbone.run_generate(compressed, **arguments)
+        else:
+            tokens, seen = self.backbone.run_generate(compressed, **arguments)
         return self._decode(batch.requests, compressed, seen, tokens)
 
     def _decode(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ from visionselector_eval.baselines.registry import resolve_options
 
 from .answering import Answer, Answerer, Request, Setting
 from .backbones.base import Backbone
-from .inputs import MediaSettings
+from .inputs import MediaSettings, UnsupportedMediaError
 from .loading import load_backbone
 from .protocols import media_fields
 
@@ -58,7 +59,7 @@ def stop_strings(until: Any) -> tuple[str, ...]:
     return (until,) if isinstance(until, str) else tuple(str(stop) for stop in until)
 
 
-def to_request(key: str, to_messages: Callable[[], Any], generation: dict[str, Any]) -> Request:
+def to_request(key: str, to_messages: Callable[[], Any], generation: dict[str, Any], repetition: int = 0) -> Request:
     """A request of ours from what an lmms-eval chat task gives.
 
     Parameters
@@ -66,6 +67,7 @@ def to_request(key: str, to_messages: Callable[[], Any], generation: dict[str, A
     key: names the document.
     to_messages: gives the task's chat messages (lmms-eval protocol) when they are needed.
     generation: the task's generation settings, `until` among them.
+    repetition: counts the times that the document is asked.
     """
     generation = dict(generation)
     until = stop_strings(generation.pop("until", None))
@@ -73,7 +75,7 @@ def to_request(key: str, to_messages: Callable[[], Any], generation: dict[str, A
     def messages() -> list[dict[str, Any]]:
         return ChatMessages(messages=to_messages()).to_hf_messages()
 
-    return Request(key=key, messages=messages, generation=generation, until=until)
+    return Request(key=key, messages=messages, generation=generation, until=until, repetition=repetition)
 
 
 class CompressedModel(lmms):
@@ -147,13 +149,22 @@ class CompressedModel(lmms):
         results: list[GenerationResult] = []
         answers: list[Answer] = []
         started = time.perf_counter()
+        # `--seed` of the stock command reaches a model through torch alone.
+        setting = dataclasses.replace(self.setting, seed=torch.initial_seed())
+        repetitions: Counter[tuple[str, int]] = Counter()
         bar = tqdm(
             total=len(requests), disable=self.rank != 0, desc=f"{self.setting.compressor.name}@{self.setting.budget}"
         )
         for chunk in order.get_batched(n=self.batch_size, batch_fn=None):
-            batch = [self._request(args) for args in chunk]
-            prepared = self.answerer.prepare(batch, [self.setting])
-            for answer in self.answerer.answer(prepared, self.setting):
+            batch = []
+            for args in chunk:
+                batch.append(self._request(args, repetitions[args[4], args[3]]))
+                repetitions[args[4], args[3]] += 1
+            try:
+                prepared = self.answerer.prepare(batch, [setting])
+            except UnsupportedMediaError as error:
+                raise InputError(f"{chunk[0][4]} can't be answered: {error}; leave this task out of --tasks") from error
+            for answer in self.answerer.answer(prepared, setting):
                 answers.append(answer)
                 results.append(
                     GenerationResult(
@@ -173,9 +184,11 @@ class CompressedModel(lmms):
         self._log(answers, time.perf_counter() - started)
         return order.get_original(results)
 
-    def _request(self, args: Sequence[Any]) -> Request:
+    def _request(self, args: Sequence[Any], repetition: int) -> Request:
         _, to_messages, generation, doc_id, task, split = args
-        return to_request(f"{task}/{doc_id}", lambda: to_messages(self.task_dict[task][split][doc_id]), generation)
+        return to_request(
+            f"{task}/{doc_id}", lambda: to_messages(self.task_dict[task][split][doc_id]), generation, repetition
+        )
 
     def _log(self, answers: Sequence[Answer], elapsed: float) -> None:
         new = sum(a.new_tokens for a in answers)

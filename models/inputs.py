@@ -15,6 +15,10 @@ from PIL import Image
 from visionselector_eval.baselines.base import InputError
 
 
+class UnsupportedMediaError(InputError):
+    """A kind of media that the backbone does not take at all: no document of the kind can be answered."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MediaSettings:
     """How pictures and videos become pixels; None leaves the checkpoint's own processor setting.
@@ -181,6 +185,11 @@ def build_inputs(
     Returns
     -------
     what the processor returns: input_ids (B, S) left-padded, attention_mask, pixel values and grids.
+
+    Raises
+    ------
+    InputError: media that can't be read, a text that holds a placeholder token.
+    UnsupportedMediaError: a video for a backbone that takes none.
     """
     texts, images, videos, metadata = [], [], [], []
     for conversation in conversations:
@@ -188,12 +197,17 @@ def build_inputs(
         if settings.system_prompt is not None and (not messages or messages[0]["role"] != "system"):
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": settings.system_prompt}]})
         for message in messages:
-            for part in message["content"] if not isinstance(message["content"], str) else ():
-                if part["type"] == "image":
+            if isinstance(message["content"], str):
+                _refuse_placeholders(processor, message["content"])
+                continue
+            for part in message["content"]:
+                if part["type"] == "text":
+                    _refuse_placeholders(processor, part["text"])
+                elif part["type"] == "image":
                     images.append(prepare_image(read_image(part["image"]), settings))
                 elif part["type"] == "video":
                     if getattr(processor, "video_processor", None) is None:
-                        raise InputError(
+                        raise UnsupportedMediaError(
                             "this backbone takes pictures, no videos: its checkpoint has no video processor"
                         )
                     source = part["video"]
@@ -202,6 +216,17 @@ def build_inputs(
                     metadata.append(about)
         texts.append(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     return process(processor, texts, images, videos, metadata, settings)
+
+
+def _refuse_placeholders(processor: Any, text: str) -> None:
+    # In a text it would stand for an image that does not exist, or take the place of another prompt's in the batch.
+    for name in ("image_token", "video_token"):
+        token = getattr(processor, name, None)
+        if isinstance(token, str) and token and token in text:
+            raise InputError(
+                f"invalid prompt text: expected none of the family's placeholder tokens (got {token!r} in the text); "
+                "reword the question"
+            )
 
 
 def process(

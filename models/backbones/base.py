@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
     from torch import LongTensor, Tensor
 
 log = logging.getLogger(__name__)
+
+_NOT_FINITE = (
+    "the model's logits are not finite (NaN or infinity): check the checkpoint's weights, or choose another dtype "
+    "(float16 overflows where bfloat16 and float32 do not)"
+)
 
 ALL_TRACES = frozenset(field.name for field in fields(EncoderTrace))
 
@@ -316,7 +322,12 @@ class Backbone(ABC):
 
     @torch.no_grad()
     def run_llm(self, compressed: CompressedPrompt) -> PrefillOutput:
-        """Run the LLM over a prompt from `compress`, dropping tokens inside it where the method says so."""
+        """Run the LLM over a prompt from `compress`, dropping tokens inside it where the method says so.
+
+        Raises
+        ------
+        InputError: logits that are not finite.
+        """
         if compressed.decoder is None:
             hidden, logits = self.forward(compressed)
             seen = entered(compressed, self.depth)
@@ -325,6 +336,8 @@ class Backbone(ABC):
             with pruning.installed():
                 hidden, logits = self.forward(compressed)
             seen = pruning.outcome()
+        if not bool(torch.isfinite(logits).all()):
+            raise InputError(_NOT_FINITE)
         positions = seen.position_ids
         return PrefillOutput(
             kept=seen.kept,
@@ -344,15 +357,39 @@ class Backbone(ABC):
 
         Raises
         ------
-        InputError: beam search and the like with a decoder-stage method.
+        InputError: beam search and the like with a decoder-stage method; logits that are not finite.
         """
         if compressed.decoder is None:
-            return self.stock_generate(compressed, **generation), entered(compressed, self.depth)
+            with self._finite_logits():
+                return self.stock_generate(compressed, **generation), entered(compressed, self.depth)
         refuse_unusual_generation(compressed.decoder[0].name, generation, self.model.generation_config)
         pruning = DecoderPruning(self.layer_access, compressed)
-        with pruning.installed():
+        with self._finite_logits(), pruning.installed():
             tokens = self.stock_generate(compressed, **generation)
         return tokens, pruning.outcome()
+
+    @contextmanager
+    def _finite_logits(self) -> Iterator[None]:
+        """Refuse, when the block ends, logits that were not finite in any of its forward passes.
+
+        The check stays on the device until then: no token waits for the host. What is not finite is shown to the
+        sampler as 0, because a draw from NaN ends the process's CUDA context, and so the cells behind this one.
+        """
+        broken: list[Tensor] = []
+
+        def check(module: Any, args: Any, logits: Tensor) -> Tensor:
+            finite = torch.isfinite(logits[:, -1])  # earlier positions may be padding
+            now = ~finite.all()
+            broken[:] = [broken[0] | now] if broken else [now]
+            return logits.nan_to_num(0.0, 0.0, 0.0)
+
+        handle = self.model.lm_head.register_forward_hook(check)
+        try:
+            yield
+        finally:
+            handle.remove()
+        if broken and bool(broken[0]):
+            raise InputError(_NOT_FINITE)
 
     @abstractmethod
     def visual_totals(self, inputs: Mapping[str, Any]) -> list[int]:

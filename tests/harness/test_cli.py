@@ -227,6 +227,11 @@ def wide_scorer(folder: Path) -> str:
     return str(folder)
 
 
+def long_image(path: Path) -> str:
+    Image.new("RGB", (9000, 12)).save(path)
+    return str(path)
+
+
 def written(path: Path, text: str) -> str:
     path.write_text(text)
     return str(path)
@@ -284,6 +289,14 @@ MISTAKES = {
     "scorer missing": (lambda t, m: ["sweep", "--methods", "visionselector", "--scorer", str(t / "s")], "scorer"),
     "scorer of no method": (lambda t, m: ["ask", "?", "--scorer", str(t)], "--scorer is for visionselector and other"),
     "image unreadable": (lambda t, m: ["ask", "?", "--image", str(m / "text.png")], "text.png' can't be read"),
+    "image too long": (
+        lambda t, m: ["ask", "?", "--image", long_image(t / "long.png")],
+        "the checkpoint's processor refused the input",
+    ),
+    "question with a placeholder": (
+        lambda t, m: ["ask", "Is <|image_pad|> here?", "--image", str(m / "picture.png")],
+        "invalid prompt text: expected none of the family's placeholder tokens",
+    ),
     "image missing": (lambda t, m: ["ask", "?", "--image", str(m / "none.png")], "none.png' is not there"),
     "image that is a folder": (lambda t, m: ["ask", "?", "--image", str(m)], "can't be read"),
     "video unreadable": (lambda t, m: ["ask", "?", "--video", str(m / "text.mp4")], "text.mp4' can't be decoded"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from llava_checkpoint import FUSED, save_llava
 from local_data import write_task
+from sweeps import sweep
 
 from visionselector_eval.harness import cli
 from visionselector_eval.harness.store import load_run
@@ -65,7 +66,13 @@ def test_videos_fail_with_a_reason_and_pictures_go_on(backbones, tmp_path, capsy
     assert set(zip(failed.backbone, failed.task, strict=True)) == {
         (backbones["plain"], "tiny_mvbench_moving_direction")
     }
-    assert all("takes pictures, no videos" in reason for reason in failed.error)
+    reason = "tiny_mvbench_moving_direction can't be answered: this backbone takes pictures, no videos"
+    assert all(error.startswith(reason) for error in failed.error)
+    # Skipping is for documents: a task without any that can be answered is no score of 0.
+    spec = {"backbones": [{"pretrained": backbones["plain"]}], "on_bad_document": "skip"}
+    _, result = sweep(tmp_path / "skip", tasks=["tiny_mvbench_moving_direction"], **spec)
+    assert not result.done
+    assert all(error.startswith(reason) for error in result.failed.values())
 
 
 def test_ask_says_what_kind_of_model_answers(backbones, tmp_path: Path, capsys):

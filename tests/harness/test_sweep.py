@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from local_data import write_task
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from sweeps import SMALL, Answering, contents, records, small, sweep
 
@@ -656,6 +657,48 @@ def test_a_task_without_its_data_fails_alone_and_a_misspelt_one_is_refused(tmp_p
         sweep(tmp_path / "none", tasks=["docvqa_val"])
     with pytest.raises(InputError, match="unknown task 'tiny_pop': did you mean 'tiny_pope'"):
         sweep(tmp_path / "misspelt", tasks=["tiny_chartqa", "tiny_pop"])
+
+
+def chartqa_root(folder: Path, **wrong: object) -> str:
+    """A data root whose third document of chartqa has other fields."""
+    fine = {"type": "human_test", "question": "What is it?", "answer": "1", "image": Image.new("RGB", (56, 56))}
+    write_task(folder, "chartqa", [fine, fine, {**fine, **wrong}, fine])
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"image": Image.new("RGB", (9000, 12))}, "processor refused the input"),
+        ({"question": "Is <|image_pad|> here?"}, "invalid prompt text"),
+    ],
+)
+def test_a_document_that_the_processor_refuses_has_its_reason(wrong, reason, tmp_path):
+    fields = {"tasks": ["chartqa"], "methods": ["divprune"], "data_root": chartqa_root(tmp_path / "root", **wrong)}
+    _, result = sweep(tmp_path / "fail", **fields)
+    assert len(result.failed) == 2
+    assert all(r.startswith("document 2 of chartqa: ") and reason in r for r in result.failed.values())
+    _, result = sweep(tmp_path / "skip", on_bad_document="skip", **fields)
+    assert (len(result.done), result.failed) == (2, {})
+    samples = load_run(tmp_path / "skip").samples
+    assert samples[samples.skipped != ""].doc_id.tolist() == [2, 2]
+    assert samples[samples.skipped != ""].skipped.str.contains(reason).all()
+    # Documents beside it answer what they answer without it.
+    sweep(tmp_path / "fine", **{**fields, "data_root": chartqa_root(tmp_path / "other")})
+    fine = load_run(tmp_path / "fine").samples
+    assert fine[fine.doc_id != 2].answer.tolist() == samples[samples.doc_id != 2].answer.tolist()
+
+
+def test_a_checkpoint_whose_logits_are_not_finite_fails_its_cells(tmp_path):
+    shutil.copytree(checkpoint(), tmp_path / "broken")
+    tensors = load_file(tmp_path / "broken" / "model.safetensors")
+    (name,) = (k for k in tensors if k in ("model.norm.weight", "model.language_model.norm.weight"))
+    tensors[name][0] = float("nan")
+    save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    fields = {"backbones": [str(tmp_path / "broken"), "tiny"], "protocol": "checkpoint"}
+    _, result = sweep(tmp_path / "run", methods=["divprune"], tasks=["tiny_pope"], **fields)
+    assert (len(result.done), len(result.failed)) == (2, 2)
+    assert all("logits are not finite" in reason for reason in result.failed.values())
 
 
 def test_bounds_that_contradict_each_other_are_refused_before_anything_runs(tmp_path):

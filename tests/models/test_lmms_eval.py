@@ -228,6 +228,34 @@ def test_other_kinds_of_task_are_refused(model_class, tiny):
             call([])
 
 
+def test_repetitions_and_the_seed_of_the_command_give_other_samples(model_class, tiny):
+    """`--seed` reaches a model as torch's seed; a document that is asked again draws again."""
+    bound = binding.bind(IMAGES, limit=2)
+    list(binding.requests(bound))
+    task = bound.tasks[IMAGES]
+    for instance in task.instances:
+        instance.args[2].update(temperature=8.0, max_new_tokens=12)
+
+    def sampled(seed: int, batch_size: int = 1) -> list[str]:
+        model = model_class(backbone=tiny, protocol="checkpoint", batch_size=batch_size)
+        model.task_dict = {IMAGES: task.dataset}
+        torch.manual_seed(seed)
+        given = [result.text for result in model.generate_until([i for i in task.instances for _ in range(3)])]
+        assert torch.initial_seed() == seed
+        return given
+
+    first = sampled(1)
+    assert len(set(first)) == 6
+    assert sampled(1) == first
+    assert sampled(1, batch_size=4) == first
+    assert not set(sampled(2)) & set(first)
+
+
+def test_a_task_that_a_family_cannot_answer_is_named(llava_class, llava):
+    with pytest.raises(InputError, match=rf"^{VIDEO} can't be answered: this backbone takes pictures.*leave this task"):
+        evaluate(llava_class(backbone=llava), [VIDEO], limit=1)
+
+
 # the stock command ---------------------------------------------------------------------------------------------------
 
 
