@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,8 @@ from .store import Run, load_run, write_atomic
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "published"
 
 LABEL = "published, not measured here"
+SEPARATOR = " / "
+"""Between the reasons in `differs`, and between notes."""
 _CERTAINTY = {"P": "read in the source", "S": "known at second hand"}
 _TABLE = ["source", "place", "certainty", "backbone"]
 
@@ -202,25 +205,78 @@ def render(numbers: pd.DataFrame, style: str = "simple") -> str:
 
 
 def _table(rows: pd.DataFrame, style: str) -> list[str]:
-    columns = list(dict.fromkeys(rows[["task", "metric", "differs"]].itertuples(index=False, name=None)))
-    remarks = list(dict.fromkeys(differs for _, _, differs in columns if differs))
+    """Numbers that can be compared with ours, apart from them those that differ, and what is to be known of both."""
+    equal, other = rows[rows["differs"] == ""], rows[rows["differs"] != ""]
+    lines = [*_grid(equal, style, []), ""] if len(equal) else []
+    if len(other):
+        remarks = list(dict.fromkeys(reason for text in other["differs"] for reason in text.split(SEPARATOR)))
+        lines += ["Not to be compared with ours:", ""] if len(equal) else []
+        lines += [*_grid(other, style, remarks), ""]
+        lines += _listed([f"[{number}] differs from ours: {text}" for number, text in enumerate(remarks, 1)], style)
+    notes: dict[str, list[Mapping[Any, Any]]] = {}
+    for row in rows.to_dict("records"):
+        for note in filter(None, row["note"].split(SEPARATOR)):
+            notes.setdefault(note, []).append(row)
+    return lines + _listed([f"{_about(group, rows)}: {note}" for note, group in notes.items()], style)
+
+
+def _listed(lines: list[str], style: str) -> list[str]:
+    return [f"- {line}" for line in lines] if style == "github" else lines
+
+
+def _about(group: Sequence[Mapping[Any, Any]], rows: pd.DataFrame) -> str:
+    """What a note is about: methods where it holds for all of their tasks, else tasks."""
+    methods = list(dict.fromkeys(row["method"] for row in group))
+    whole = len(group) == rows["method"].isin(methods).sum()
+    return ", ".join(methods if whole else dict.fromkeys(row["task"] for row in group))
+
+
+def _grid(rows: pd.DataFrame, style: str, remarks: list[str]) -> list[str]:
+    """Methods and what they keep below, tasks beside; a remark's number stands where all that it is about does.
+
+    Parameters
+    ----------
+    remarks: the reasons in `differs`, by their number from 1.
+    """
+    records = rows.to_dict("records")
+    for row in records:
+        row["reasons"] = set(filter(None, row["differs"].split(SEPARATOR)))
+        row["column"], row["line"] = (row["task"], row["metric"]), (row["method"], row["kept"])
+
+    def shared(key: str) -> dict[Any, set[str]]:
+        """The reasons that all numbers of a column or a line have."""
+        found: dict[Any, set[str]] = {}
+        for row in records:
+            found[row[key]] = found.get(row[key], row["reasons"]) & row["reasons"]  # a set of its own
+        return found
+
+    def marked(text: str, reasons: set[str]) -> str:
+        numbers = ",".join(str(n) for n, reason in enumerate(remarks, 1) if reason in reasons)
+        return f"{text} [{numbers}]" if numbers else text
+
+    columns, lines = shared("column"), shared("line")
+    # What holds for all of both is said of that which has more numbers.
+    size = Counter(row[key] for row in records for key in ("column", "line"))
+    for row in records:
+        less, more = (lines[row["line"]], columns[row["column"]])
+        if size[row["line"]] > size[row["column"]]:
+            less, more = more, less
+        less -= more
     head = []
-    for task, metric, differs in columns:
-        mark = f" [{remarks.index(differs) + 1}]" if differs else ""
-        lines = [task + mark, *textwrap.wrap(metric, 16)]
-        head.append(" / ".join([task + mark, metric]) if style == "github" else "\n".join(lines))
+    for (task, metric), reasons in columns.items():
+        title = marked(task, reasons)
+        head.append(f"{title} / {metric}" if style == "github" else "\n".join([title, *textwrap.wrap(metric, 16)]))
     body = []
-    for (method, kept), group in rows.groupby(["method", "kept"], sort=False):
-        values = {(r["task"], r["metric"], r["differs"]): r["value"] for r in group.to_dict("records")}
-        body.append([method, budget_text(str(kept)) if kept else "?", *(values.get(column, "-") for column in columns)])
+    for (method, kept), reasons in lines.items():
+        values = {
+            row["column"]: marked(row["value"], row["reasons"] - reasons - columns[row["column"]])
+            for row in records
+            if row["line"] == (method, kept)
+        }
+        budget = budget_text(str(kept)) if kept else "?"
+        body.append([marked(method, reasons), budget, *(values.get(column, "-") for column in columns)])
     align = ["left", *["right"] * (len(columns) + 1)]
-    lines = [tabulate(body, ["method", "kept", *head], tablefmt=style, disable_numparse=True, colalign=align), ""]
-    lines += [f"[{number}] differs from ours: {text}" for number, text in enumerate(remarks, 1)]
-    for note, group in rows[rows["note"] != ""].groupby("note", sort=False):
-        methods, tasks = dict.fromkeys(group["method"]), dict.fromkeys(group["task"])
-        about = [*methods] if len(tasks) == rows["task"].nunique() else [*tasks]
-        lines.append(f"{', '.join(about)}: {note}")
-    return lines if style != "github" else [lines[0], "", *(f"- {line}" for line in lines[2:])]
+    return tabulate(body, ["method", "kept", *head], tablefmt=style, disable_numparse=True, colalign=align).splitlines()
 
 
 def write(run_folder: str | Path) -> str:

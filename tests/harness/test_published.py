@@ -310,7 +310,7 @@ def test_every_number_is_listed(capsys):
 
 def test_a_table_has_one_row_for_each_method_and_budget():
     table = render(chosen(NUMBERS, backbone="LLaVA-STF-7B")).splitlines()
-    assert [line.split()[:2] for line in table if line.startswith("full")] == [["full", "144tok"]]
+    assert [line.split()[:2] for line in table if line.startswith("full ")] == [["full", "144tok"]]
     assert [line for line in table if line.startswith("[")] == [
         "[1] differs from ours: from the benchmark's server: here a submission is written",
         "[2] differs from ours: LLaVA's own prompts and scripts",
@@ -348,3 +348,54 @@ def test_the_list_can_be_narrowed(capsys):
 
 def test_values_are_numbers():
     assert NUMBERS["number"].map(math.isfinite).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("fastv", "dropped after layer 0, by a softmax over visual keys alone"),
+        ("dart", "dropped after layer 0"),
+        ("visionzip", "10/64 of K contextual"),
+        ("vispruner", "raster order in each round"),
+        ("visionselector", "AngelSlim/Qwen2.5-VL-7B-Instruct-Selector"),
+        ("idpruner", "pixels up to 12845056, no JPEG"),
+    ],
+)
+def test_idpruners_rows_say_how_its_variants_differ(method, said):
+    rows = NUMBERS[NUMBERS["source"].str.contains("2602.13315") & (NUMBERS["method"] == method)]
+    assert len(rows) > 3
+    assert rows["differs"].str.contains(said, regex=False).all()
+
+
+def test_counts_that_are_means_over_layers_say_so():
+    table = NUMBERS[NUMBERS["method"] == "sparsevlm"]
+    for kept, end, mean in (("128tok", 39, 145), ("64tok", 18, 82)):
+        texts = table[table["kept"] == kept]["differs"]
+        assert texts.str.contains(f"{end} tokens are left at the end, {mean} in the mean over layers").all()
+    assert NUMBERS[NUMBERS["method"] == "pyramiddrop"]["differs"].str.contains("mean over layers").all()
+
+
+def test_a_row_that_differs_stands_apart_from_the_equal_ones(tmp_path):
+    rows = [
+        {**GOOD, "method": "full", "kept": "1", "value": "61"},
+        {**GOOD, "value": "55"},
+        {**GOOD, "method": "fastv", "value": "49", "differs": "another layer", "note": "small / odd"},
+        {**GOOD, "task": "pope", "value": "85", "differs": "F1"},
+        {**GOOD, "method": "fastv", "task": "pope", "value": "77", "differs": "F1 / another layer", "note": "odd"},
+    ]
+    equal, other = render(load_published(folder_of(tmp_path, *rows))).split("Not to be compared with ours:")
+    assert [line.split() for line in equal.splitlines() if line.startswith(("full", "divprune", "fastv"))] == [
+        ["full", "100%", "61"],
+        ["divprune", "25%", "55"],
+    ]
+    lines = other.splitlines()
+    assert [line.split() for line in lines if line.startswith(("divprune", "fastv "))] == [
+        ["fastv", "[1]", "25%", "49", "77"],
+        ["divprune", "25%", "-", "85"],
+    ]
+    assert next(line for line in lines if line.startswith("method")).split() == ["method", "kept", "gqa", "pope", "[2]"]
+    assert [line for line in lines if "differs from ours" in line] == [
+        "[1] differs from ours: another layer",
+        "[2] differs from ours: F1",
+    ]
+    assert lines[-2:] == ["gqa: small", "fastv: odd"]
