@@ -49,12 +49,16 @@ class KnownModel(nn.Module):
         super().__init__()
         self.work = work
         self.weight = nn.Parameter(torch.zeros(4, device=device), requires_grad=False)
+        self.lm_head = nn.Identity()
         self.generation_config = SimpleNamespace(eos_token_id=None)
         self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=4096))
 
     @property
     def device(self) -> torch.device:
         return self.weight.device
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
 
     def forward(self, length: int) -> SimpleNamespace:
         self.work("prefill" if length > 1 else "decode")

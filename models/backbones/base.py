@@ -383,7 +383,7 @@ class Backbone(ABC):
             broken[:] = [broken[0] | now] if broken else [now]
             return logits.nan_to_num(0.0, 0.0, 0.0)
 
-        handle = self.model.lm_head.register_forward_hook(check)
+        handle = self.model.get_output_embeddings().register_forward_hook(check)
         try:
             yield
         finally:
