@@ -322,6 +322,8 @@ def _add_backbone_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _ask_parser() -> _Parser:
+    from .spec import ASKING, SweepSpec
+
     parser = _Parser(
         prog=f"{PROGRAM} ask",
         description="Ask one question about one image or video, with any compressor and budget.",
@@ -341,10 +343,15 @@ def _ask_parser() -> _Parser:
     parser.add_argument("--budget", default="1.0", help="share of visual tokens to keep (0.2, 20%%) or a count (64tok)")
     _add_weight_flags(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: 128)")
-    parser.add_argument("--min-pixels", type=int, help="smallest area of the picture or a frame")
-    parser.add_argument("--max-pixels", type=int, help="largest area of the picture or a frame")
-    parser.add_argument("--max-num-frames", type=int, default=32, help="most frames of the video (default: 32)")
-    parser.add_argument("--fps", type=float, help="frames a second to show")
+    for name in ASKING:
+        info = SweepSpec.model_fields[name]
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            metavar=name.upper(),
+            type=_flag_type(info.annotation),
+            default=info.default,
+            help=f"{info.description}".replace("%", "%%"),
+        )
     return parser
 
 
@@ -355,17 +362,14 @@ def _ask(arguments: argparse.Namespace) -> int:
     from visionselector_eval.models.answering import Answerer, Request, Setting
     from visionselector_eval.models.inputs import MediaSettings, read_image, read_video
 
+    from .spec import ASKING, make_spec
+
     chosen = _chosen_method(arguments)
     options = resolve_options(chosen.name, chosen.options, arguments.pretrained)
     compressor, budget = build(chosen.name, **options), parse_budget(arguments.budget)
-    media = MediaSettings(
-        min_pixels=arguments.min_pixels,
-        max_pixels=arguments.max_pixels,
-        video_min_pixels=arguments.min_pixels,
-        video_max_pixels=arguments.max_pixels,
-        max_num_frames=arguments.max_num_frames,
-        fps=arguments.fps,
-    )
+    given = {name: value for name in ASKING if (value := getattr(arguments, name)) is not None}
+    asked = make_spec({"backbones": {"pretrained": arguments.pretrained, "revision": arguments.revision}, **given})
+    media = MediaSettings(**asked.media(asked.backbones[0]))
     if arguments.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {arguments.max_new_tokens} is not usable: give at least 1")
     parts: list[dict[str, Any]] = []
@@ -523,8 +527,6 @@ def _profile_parser() -> _Parser:
     actions = " or ".join(_PROFILE_ACTIONS)
     parser.add_argument("action", nargs="*", metavar="ACTION", help=f"{actions}; default: measure")
     for name, info in ProfileSpec.model_fields.items():
-        if name == "media":
-            continue
         default = info.get_default(call_default_factory=True)
         shown = "" if default in (None, []) else f" (default: {_shown(default)})"
         many = typing.get_origin(info.annotation) is list
@@ -547,8 +549,9 @@ def _profile_parser() -> _Parser:
 def _profile_spec(arguments: argparse.Namespace) -> Any:
     from .profiler.spec import ProfileSpec, make_profile_spec
 
-    names = [name for name in ProfileSpec.model_fields if name != "media"]
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    given = {
+        name: getattr(arguments, name) for name in ProfileSpec.model_fields if getattr(arguments, name) is not None
+    }
     if "methods" in given:
         given["methods"] = [_method(text) for text in given["methods"]]
     for option in [option for option in _WEIGHTS if getattr(arguments, option)]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from visionselector_eval.models.answering import Answer, Answerer, PreparedBatch
 from visionselector_eval.models.generation import generation_arguments
 from visionselector_eval.models.inputs import MediaSettings, UnsupportedMediaError
 from visionselector_eval.models.loading import load_backbone
+from visionselector_eval.models.protocols import arranged, new_tokens
 from visionselector_eval.models.tiny import EMBEDDED
 from visionselector_eval.tasks import binding
 
@@ -52,8 +54,8 @@ class Unit:
     Attributes
     ----------
     pretrained, revision, device, dtype, attn_implementation: as for `load_backbone`.
-    media: fields of `MediaSettings`. task, base_model, limit: as for `tasks.binding.bind`.
-    generation: over the task's own generation settings. batch_size: documents at once.
+    media: fields of `MediaSettings`. protocol: the one that says how a task is asked. task, base_model, limit: as for
+        `tasks.binding.bind`. generation: over the task's own generation settings. batch_size: documents at once.
     on_bad_document: "fail" the cell, or "skip" the document. data_root: as for `tasks.binding.bind`.
     """
 
@@ -70,6 +72,7 @@ class Unit:
     batch_size: int
     on_bad_document: str
     cells: tuple[Work, ...]
+    protocol: str = "checkpoint"
     data_root: str | None = None
 
 
@@ -128,18 +131,29 @@ def bind_compressor(work: Work, backbone: Backbone) -> Setting:
     return Setting(backbone.bind(build(work.method, **work.options)), parse_budget(work.budget), work.seed)
 
 
-def document_requests(bound: binding.BoundTask, generation: Mapping[str, Any]) -> list[tuple[Document, Request]]:
-    """Every document of a task as a request, in upstream's order; `generation` goes over the task's own settings."""
+def document_requests(
+    bound: binding.BoundTask, generation: Mapping[str, Any], protocol: str
+) -> list[tuple[Document, Request]]:
+    """Every document of a task as a request, in upstream's order.
+
+    Parameters
+    ----------
+    generation: goes over the settings of the task and of the protocol. protocol: how the task is asked.
+    """
+
+    def messages(asked: binding.DocRequest) -> list[dict[str, Any]]:
+        return arranged(protocol, asked.messages().to_hf_messages(), asked.context)
+
     made = []
     for asked in binding.requests(bound):
-        settings = {**asked.generation, "until": asked.until, **generation}
+        settings = {**new_tokens(protocol, asked.task, asked.generation), "until": asked.until, **generation}
         until = settings.pop("until") or []
         made.append(
             (
                 (asked.task, asked.doc_id),
                 Request(
                     key=f"{asked.task}/{asked.doc_id}",
-                    messages=lambda asked=asked: asked.messages().to_hf_messages(),  # type: ignore[misc]
+                    messages=partial(messages, asked),
                     generation=settings,
                     until=(until,) if isinstance(until, str) else tuple(until),
                 ),
@@ -201,7 +215,9 @@ def _answer_unit(unit: Unit) -> Iterator[Event]:
     bound = bound_task(unit.task, unit.base_model, unit.limit, unit.data_root)
     answerer = Answerer(backbone, MediaSettings(**unit.media))
     alive = {work.digest: work for work in unit.cells if work.digest in settings}
-    for number, batch in enumerate(batches_of(document_requests(bound, unit.generation), unit.batch_size)):
+    for number, batch in enumerate(
+        batches_of(document_requests(bound, unit.generation, unit.protocol), unit.batch_size)
+    ):
         # Cells with the same documents left share the decode and the vision pass: all of them, but for a cell that was
         # begun with another batch size.
         waiting: dict[tuple[Document, ...], list[str]] = {}

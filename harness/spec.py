@@ -6,17 +6,17 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from visionselector_eval.baselines.budget import Budget, Share, parse_budget
 from visionselector_eval.baselines.errors import InputError, unknown
 from visionselector_eval.baselines.registry import options_of, resolve_options
 from visionselector_eval.models.generation import GENERATION_KEYS, generation_arguments
-from visionselector_eval.models.protocols import PROTOCOLS, media_fields
-from visionselector_eval.models.tiny import EMBEDDED, TINY
+from visionselector_eval.models.protocols import PROTOCOLS, media_fields, protocol_named
+from visionselector_eval.models.tiny import TINY, embedded
 from visionselector_eval.tasks.suites import check_limit, load_suites, suite
 
 
@@ -72,6 +72,59 @@ class BackboneSpec(_Strict):
         return {"pretrained": value} if isinstance(value, str) else value
 
 
+AUTO = "auto"
+
+
+def _known_protocol(name: str) -> str:
+    if name != AUTO:
+        protocol_named(name)
+    return name
+
+
+# How pictures, videos and prompts reach the model: the same flags wherever a command asks one.
+ProtocolName = Annotated[
+    str,
+    AfterValidator(_known_protocol),
+    Field(
+        description="pixels, frames and prompts: "
+        + "; ".join(f"{name} ({row.about})" for name, row in PROTOCOLS.items())
+        + "; auto: checkpoint for the embedded `tiny`, else what the family's papers use: visionselector for "
+        "Qwen2.5-VL, llava_stf for LLaVA-1.5",
+    ),
+]
+MinPixels = Annotated[
+    int | None, Field(ge=1, description="smallest area of a picture and of a frame, over the protocol's")
+]
+MaxPixels = Annotated[
+    int | None, Field(ge=1, description="largest area of a picture and of a frame, over the protocol's")
+]
+MaxNumFrames = Annotated[int | None, Field(ge=1, description="most frames of a video, over the protocol's")]
+Fps = Annotated[float | None, Field(gt=0, description="frames a second to show; spread over the video when not given")]
+SystemPrompt = Annotated[str | None, Field(description="first turn of every conversation, over the protocol's")]
+Jpeg = Annotated[bool | None, Field(description="re-encode pictures as JPEG or not, over the protocol's")]
+RepeatFrames = Annotated[
+    bool | None,
+    Field(
+        description="sample frames as the published harness does: short clips repeat frames, and the clock is made up"
+    ),
+]
+ASKING = ("protocol", "min_pixels", "max_pixels", "max_num_frames", "fps", "system_prompt", "jpeg", "repeat_frames")
+
+
+def asked_protocol(given: Any, pretrained: str, revision: str | None) -> str:
+    """The protocol's name for a checkpoint: what `given`, which has the fields `ASKING`, says, or the default."""
+    if given.protocol != AUTO:
+        return str(given.protocol)
+    known = embedded(pretrained)
+    return known.protocol if known else _family_protocol(pretrained, revision)
+
+
+def asked_media(given: Any, pretrained: str, revision: str | None) -> dict[str, Any]:
+    """Fields of `MediaSettings` for a checkpoint: the protocol's, with what `given` sets over them."""
+    protocol = asked_protocol(given, pretrained, revision)
+    return media_fields(protocol, {key: getattr(given, key) for key in ASKING if key != "protocol"})
+
+
 class SweepSpec(_Strict):
     """A grid of cells: backbones x methods x budgets x tasks (x seeds), with everything that changes an answer."""
 
@@ -111,25 +164,14 @@ class SweepSpec(_Strict):
         default="auto", description="auto (bfloat16 on CUDA, float32 on CPU), float32, bfloat16, float16"
     )
     attn_implementation: str = Field(default="auto", description="auto, sdpa, eager, flash_attention_2")
-    protocol: Literal["auto", "visionselector", "llava_stf", "lmms_eval", "lossless", "checkpoint"] = Field(
-        default="auto",
-        description="pixel and frame settings: "
-        + "; ".join(f"{name} ({about})" for name, (about, _) in PROTOCOLS.items())
-        + "; auto: checkpoint for the embedded `tiny`, else what the family's papers use: visionselector for "
-        "Qwen2.5-VL, llava_stf for LLaVA-1.5",
-    )
-    min_pixels: int | None = Field(default=None, ge=1, description="smallest area of a picture, over the protocol's")
-    max_pixels: int | None = Field(default=None, ge=1, description="largest area of a picture, over the protocol's")
-    max_num_frames: int | None = Field(default=None, ge=1, description="most frames of a video, over the protocol's")
-    fps: float | None = Field(
-        default=None, gt=0, description="frames a second to show; spread over the video when not given"
-    )
-    system_prompt: str | None = Field(default=None, description="first turn of every conversation, over the protocol's")
-    jpeg: bool | None = Field(default=None, description="re-encode pictures as JPEG or not, over the protocol's")
-    repeat_frames: bool | None = Field(
-        default=None,
-        description="sample frames as the published harness does: short clips repeat frames, and the clock is made up",
-    )
+    protocol: ProtocolName = AUTO
+    min_pixels: MinPixels = None
+    max_pixels: MaxPixels = None
+    max_num_frames: MaxNumFrames = None
+    fps: Fps = None
+    system_prompt: SystemPrompt = None
+    jpeg: Jpeg = None
+    repeat_frames: RepeatFrames = None
     on_bad_document: Literal["fail", "skip"] = Field(
         default="fail",
         description="a picture or video that can't be read: fail the cell, or skip the document "
@@ -192,14 +234,13 @@ class SweepSpec(_Strict):
         """The tasks of the suite and those named, each once, in order."""
         return list(dict.fromkeys([*(suite(self.suite) if self.suite else []), *self.tasks]))
 
+    def protocol_of(self, backbone: BackboneSpec) -> str:
+        """The protocol's name for one backbone."""
+        return asked_protocol(self, backbone.pretrained, backbone.revision)
+
     def media(self, backbone: BackboneSpec) -> dict[str, Any]:
         """Pixel, frame and prompt settings for one backbone: the protocol's, with what the spec sets over them."""
-        protocol: str = self.protocol
-        if protocol == "auto":
-            embedded = EMBEDDED.get(backbone.pretrained)
-            protocol = embedded.protocol if embedded else _family_protocol(backbone.pretrained, backbone.revision)
-        own = ("min_pixels", "max_pixels", "max_num_frames", "fps", "system_prompt", "jpeg", "repeat_frames")
-        return media_fields(protocol, {key: getattr(self, key) for key in own})
+        return asked_media(self, backbone.pretrained, backbone.revision)
 
     def folder(self) -> Path:
         """Where the run is written."""
@@ -285,9 +326,9 @@ def make_method(data: Any) -> MethodSpec:
 
 @functools.lru_cache
 def _family_protocol(pretrained: str, revision: str | None) -> str:
-    from visionselector_eval.models.loading import checkpoint_family  # imports torch, which `list` need not wait for
+    from visionselector_eval.models.loading import default_protocol  # imports torch, which `list` need not wait for
 
-    return checkpoint_family(pretrained, revision).protocol
+    return default_protocol(pretrained, revision)
 
 
 def _check_generation(key: str, value: Any) -> None:

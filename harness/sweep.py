@@ -24,6 +24,7 @@ from visionselector_eval.models.loading import (
     choose_attention,
     choose_dtype,
 )
+from visionselector_eval.models.protocols import new_tokens, protocol_named
 from visionselector_eval.tasks import binding, host
 from visionselector_eval.tasks.suites import load_suites
 
@@ -149,7 +150,8 @@ def plan(spec: SweepSpec, run: Run | None, device: str) -> Plan:
         if key not in names:
             try:
                 bound = bound_task(cell.task, families[name], spec.limit, data_root)
-                names[key], sizes[key] = (bound.data_hash, _prompts_hash(bound)), bound.n_documents
+                prompts = _prompts_hash(bound, spec.protocol_of(cell.backbone))
+                names[key], sizes[key] = (bound.data_hash, prompts), bound.n_documents
             except InputError as problem:
                 if not _task_exists(cell.task, families[name]):
                     raise
@@ -200,12 +202,13 @@ def _task_exists(task: str, family: str) -> bool:
     return task in load_suites().tasks or task in host.task_manager(family).task_index
 
 
-def _prompts_hash(bound: binding.BoundTask) -> str:
+def _prompts_hash(bound: binding.BoundTask, protocol: str) -> str:
     """Names every question's wording and generation settings, so that a change upstream gives other cells."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"media first" if protocol_named(protocol).media_first else b"")
     for asked in binding.requests(bound):
+        generation = new_tokens(protocol, asked.task, asked.generation)
         digest.update(
-            json.dumps([asked.task, asked.doc_id, asked.context, asked.generation, asked.until], default=str).encode()
+            json.dumps([asked.task, asked.doc_id, asked.context, generation, asked.until], default=str).encode()
         )
     return digest.hexdigest()[:16]
 
@@ -314,6 +317,7 @@ def _unit(spec: SweepSpec, group: Group, run: Run, device: str) -> Unit:
         dtype=spec.dtype,
         attn_implementation=spec.attn_implementation,
         media=spec.media(group.backbone),
+        protocol=spec.protocol_of(group.backbone),
         task=group.task,
         base_model=group.family,
         limit=spec.limit,

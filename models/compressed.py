@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,9 +25,10 @@ from visionselector_eval.baselines.registry import resolve_options
 
 from .answering import Answer, Answerer, Request, Setting
 from .backbones.base import Backbone
+from .generation import named_stops
 from .inputs import MediaSettings, UnsupportedMediaError
-from .loading import load_backbone
-from .protocols import media_fields
+from .loading import default_protocol, load_backbone
+from .protocols import arranged, media_fields, new_tokens
 
 log = logging.getLogger(__name__)
 
@@ -52,32 +53,6 @@ class VisualTokenCounts(TokenCounts):
         }
 
 
-def stop_strings(until: Any) -> tuple[str, ...]:
-    """The task's `until` as a tuple: tasks give nothing, a string or a list of strings."""
-    if until is None:
-        return ()
-    return (until,) if isinstance(until, str) else tuple(str(stop) for stop in until)
-
-
-def to_request(key: str, to_messages: Callable[[], Any], generation: dict[str, Any], repetition: int = 0) -> Request:
-    """A request of ours from what an lmms-eval chat task gives.
-
-    Parameters
-    ----------
-    key: names the document.
-    to_messages: gives the task's chat messages (lmms-eval protocol) when they are needed.
-    generation: the task's generation settings, `until` among them.
-    repetition: counts the times that the document is asked.
-    """
-    generation = dict(generation)
-    until = stop_strings(generation.pop("until", None))
-
-    def messages() -> list[dict[str, Any]]:
-        return ChatMessages(messages=to_messages()).to_hf_messages()
-
-    return Request(key=key, messages=messages, generation=generation, until=until, repetition=repetition)
-
-
 class CompressedModel(lmms):
     """A backbone whose visual tokens a compressor reduces; a class for each family says what is loaded by default.
 
@@ -87,16 +62,15 @@ class CompressedModel(lmms):
     method, budget: a compressor of `visionselector-eval list` and the share of visual tokens to keep (0.2, 20%, 64tok).
     device, dtype, attn_implementation: as for `load_backbone`, `auto` by default.
     batch_size: samples answered together.
-    protocol: pixel and frame settings by name (lmms_eval, visionselector, llava_stf, lossless, checkpoint), by default
-        those of lmms-eval's own model of the family; any field of `MediaSettings` (min_pixels, max_pixels,
-        max_num_frames, fps, system_prompt, jpeg, ...) goes over it.
+    protocol: pixels, frames and prompts by name (a row of `models.protocols`), by default the checkpoint's, as for all
+        other commands; any field of `MediaSettings` (min_pixels, max_pixels, max_num_frames, fps, system_prompt, jpeg,
+        ...) goes over it.
     backbone: (from Python) a loaded backbone to share between settings instead of `pretrained`.
     options: everything else goes to the compressor (upstream_exact=True, scorer=FOLDER, seed=1, ...).
     """
 
     is_simple = False
     default_pretrained: ClassVar[str]
-    default_protocol: ClassVar[str]
 
     def __init__(
         self,
@@ -113,9 +87,12 @@ class CompressedModel(lmms):
         **options: Any,
     ) -> None:
         super().__init__()
-        pretrained, protocol = pretrained or self.default_pretrained, protocol or self.default_protocol
+        pretrained = pretrained or self.default_pretrained
+        if protocol is None and backbone is not None:
+            protocol = default_protocol(backbone.id, model_type=backbone.model.config.model_type)
+        self.protocol = protocol or default_protocol(pretrained, revision)
         media = {f.name: options.pop(f.name) for f in dataclasses.fields(MediaSettings) if f.name in options}
-        settings = MediaSettings(**media_fields(protocol, media))
+        settings = MediaSettings(**media_fields(self.protocol, media))
         source = pretrained if backbone is None else backbone.id
         self.setting = Setting(build(method, **resolve_options(method, options, source)), parse_budget(budget))
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 0
@@ -185,9 +162,18 @@ class CompressedModel(lmms):
         return order.get_original(results)
 
     def _request(self, args: Sequence[Any], repetition: int) -> Request:
-        _, to_messages, generation, doc_id, task, split = args
-        return to_request(
-            f"{task}/{doc_id}", lambda: to_messages(self.task_dict[task][split][doc_id]), generation, repetition
+        context, to_messages, generation, doc_id, task, split = args
+        generation = new_tokens(self.protocol, task, generation)
+        # lmms-eval hands over a method of its task object, which knows what it filled in itself.
+        config = getattr(getattr(to_messages, "__self__", None), "config", None)
+        until = named_stops(generation.pop("until", None), getattr(config, "fewshot_delimiter", None))
+
+        def messages() -> list[dict[str, Any]]:
+            asked = ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id])).to_hf_messages()
+            return arranged(self.protocol, asked, context)
+
+        return Request(
+            key=f"{task}/{doc_id}", messages=messages, generation=generation, until=until, repetition=repetition
         )
 
     def _log(self, answers: Sequence[Answer], elapsed: float) -> None:
@@ -216,14 +202,12 @@ class CompressedModel(lmms):
 
 
 class VisionSelectorQwen2_5_VL(CompressedModel):
-    """`visionselector_qwen2_5_vl`: Qwen2.5-VL, as lmms-eval's `qwen2_5_vl` shows it pictures and videos."""
+    """`visionselector_qwen2_5_vl`: Qwen2.5-VL; with `protocol=lmms_eval` asked as by lmms-eval's `qwen2_5_vl`."""
 
     default_pretrained = "Qwen/Qwen2.5-VL-3B-Instruct"
-    default_protocol = "lmms_eval"
 
 
 class VisionSelectorLlava(CompressedModel):
-    """`visionselector_llava`: LLaVA-1.5, prompted and shown pictures as by lmms-eval's `llava_hf`."""
+    """`visionselector_llava`: LLaVA-1.5; with `protocol=lmms_eval` asked as by lmms-eval's `llava_hf`."""
 
     default_pretrained = "llava-hf/llava-1.5-7b-hf"
-    default_protocol = "checkpoint"

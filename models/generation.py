@@ -40,6 +40,23 @@ def generation_arguments(generation: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def named_stops(until: Any, filled_in: str | None = None) -> tuple[str, ...]:
+    """The stop strings that a task names itself, of its setting `until`: nothing, a string or a list of strings.
+
+    lmms-eval puts a task's few-shot delimiter (an empty line unless it says otherwise) where the task names none. That
+    would cut answers at their first empty line, and no model of its own obeys it. A task may name the same text.
+
+    Parameters
+    ----------
+    filled_in: the delimiter as the task's configuration holds it. What was filled in is the same object; what a task
+        names was read from its file and is another, even where the text is equal.
+    """
+    if until is None:
+        return ()
+    stops = [until] if isinstance(until, str) else list(until)
+    return tuple(str(stop) for stop in stops if filled_in is None or stop is not filled_in)
+
+
 def cut(text: str, until: Sequence[str]) -> str:
     """`text` up to the first of the stop strings."""
     for stop in until:

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from PIL import Image
 
-from visionselector_eval.baselines.base import InputError
+from visionselector_eval.baselines.base import InputError, unknown
 
 
 class UnsupportedMediaError(InputError):
@@ -27,21 +28,31 @@ class MediaSettings:
     ----------
     min_pixels, max_pixels: bounds of a picture's area after resizing; they do not move vision towers that take one
         picture size alone (LLaVA-1.5).
+    side: pictures become squares of this many pixels a side, stretched unless `pad_square`, instead of those bounds.
+    pillow_resize: what Pillow does to a picture before the processor sees it. None: nothing. "bounded": resizes it to
+        whole tokens within min_pixels..max_pixels. "rounded": resizes it to whole tokens near its own size, so that the
+        processor resizes it a second time; transparent parts become white.
     video_min_pixels, video_max_pixels: bounds of one frame's area.
-    max_num_frames: most frames of a video that are shown, evenly spread; never a frame twice.
+    share_pixels: frames of a clip share the pixels of 115,200 tokens, two frames each (`largest_frame`). "shown": the
+        frames that are shown do; "sampled": those do that two a second would be. None: they do not.
+    max_num_frames: most frames of a video that are shown, evenly spread; never a frame twice, and an even number unless
+        it is one, because towers of videos take frames by two.
     fps: frames a second to show (still at most max_num_frames); None spreads max_num_frames over the whole video.
     system_prompt: first turn of every conversation; None leaves the chat template's own.
     jpeg: re-encode each picture as JPEG at Pillow's default quality, as the published harness does. Hurts small text.
     pad_square: pad each picture to a square in the mean colour of CLIP's training pictures, as LLaVA does.
-    repeat_frames: the published harness's sampling: 2 frames a second, then exactly `max_num_frames` of these by index,
-        so that short clips show frames several times, and a clock that always says 2 frames a second. Off everywhere
-        unless asked for: repeated frames are free redundancy for a compressor.
+    repeat_frames: the published harness's sampling: 2 frames a second (at least 4, at most 768), then exactly
+        `max_num_frames` of these by index, so that short clips show frames several times, and a clock that always says
+        2 frames a second. Off everywhere unless asked for: repeated frames are free redundancy for a compressor.
     """
 
     min_pixels: int | None = None
     max_pixels: int | None = None
+    side: int | None = None
+    pillow_resize: Literal["bounded", "rounded"] | None = None
     video_min_pixels: int | None = None
     video_max_pixels: int | None = None
+    share_pixels: Literal["shown", "sampled"] | None = None
     max_num_frames: int = 32
     fps: float | None = None
     system_prompt: str | None = None
@@ -53,25 +64,47 @@ class MediaSettings:
         for low, high in ((self.min_pixels, self.max_pixels), (self.video_min_pixels, self.video_max_pixels)):
             if any(v is not None and v < 1 for v in (low, high)) or (low and high and low > high):
                 raise InputError(f"pixel bounds {low}..{high} are not usable: give 1 <= min <= max")
+        if self.side is not None and self.side < 1:
+            raise InputError(f"side={self.side} is not usable: give a number of pixels, at least 1")
+        for name, kinds in (("pillow_resize", ("bounded", "rounded")), ("share_pixels", ("shown", "sampled"))):
+            if (value := getattr(self, name)) not in (None, *kinds):
+                raise unknown(name, str(value), kinds)
         if self.max_num_frames < 1 or (self.fps is not None and not self.fps > 0):
             raise InputError(f"max_num_frames={self.max_num_frames}, fps={self.fps}: both must be positive")
 
 
-_PUBLISHED_FPS, _PUBLISHED_MOST = 2.0, 768  # of the harness published with VisionSelector, arXiv 2510.16598
+_FRAMES_BY = 2  # frames that Qwen's vision towers take together
+_SAMPLED_FPS, _SAMPLED_LEAST, _SAMPLED_MOST = 2.0, 4, 768  # of qwen_vl_utils, where nothing else is asked for
+_CLIP_CONTEXT, _CLIP_PART = 128_000, 0.9  # of qwen_vl_utils: tokens of a context, and what a clip may fill of it
+_PILLOW_TOKENS = (4, 16_384)  # of qwen_vl_utils: a picture's tokens, where no bounds are given
+_MOST_OBLONG = 200  # of the family's processors: longest side over shortest
 _CLIP_MEAN = (122, 116, 104)  # 8-bit mean of CLIP's training pictures
+
+
+def sampled_frames(total: int, native_fps: float) -> int:
+    """How many frames the published harness decodes: 2 a second, at least 4 and at most 768, an even number.
+
+    Parameters
+    ----------
+    total: frames in the file. native_fps: its frame rate.
+    """
+    wanted = max(total / native_fps * _SAMPLED_FPS, _SAMPLED_LEAST)
+    return _even(min(wanted, _even(min(_SAMPLED_MOST, total))))
 
 
 def published_frame_indices(total: int, native_fps: float, most: int) -> list[int]:
     """The frames that the published harness shows: `most` of them, repeated where the clip is short.
 
-    Decoded at 2 frames a second (at most 768), of these `most` by a rounded-down linspace, first and last included.
+    Of the `sampled_frames`, evenly spread, `most` by a rounded-down linspace, first and last included.
     """
-    sampled = frame_indices(total, native_fps, _PUBLISHED_MOST, _PUBLISHED_FPS)
+    sampled = _spread(total, sampled_frames(total, native_fps))
     return [sampled[int(i)] for i in np.linspace(0, len(sampled) - 1, most)]
 
 
 def frame_indices(total: int, native_fps: float, most: int, fps: float | None) -> list[int]:
     """Which frames of a video are shown: at most `most`, evenly spread from first to last, each once.
+
+    An even number of them or one: a tower that takes frames by two would show the last of an odd number twice.
 
     Parameters
     ----------
@@ -80,9 +113,18 @@ def frame_indices(total: int, native_fps: float, most: int, fps: float | None) -
     count = min(total, most)
     if fps is not None:
         count = min(count, max(1, math.floor(total / native_fps * fps + 1e-9)))
+    return _spread(total, _even(count))
+
+
+def _even(count: float) -> int:
+    return max(1, math.floor(count / _FRAMES_BY) * _FRAMES_BY)
+
+
+def _spread(total: int, count: int) -> list[int]:
     if count == 1:
         return [total // 2]
-    return [round(i * (total - 1) / (count - 1)) for i in range(count)]
+    # In float32 and by torch, as qwen_vl_utils does: in very long videos another frame is the nearest then.
+    return torch.linspace(0, total - 1, count).round().long().tolist()
 
 
 def read_video(path: str | Path, settings: MediaSettings) -> tuple[np.ndarray, dict[str, Any]]:
@@ -90,7 +132,8 @@ def read_video(path: str | Path, settings: MediaSettings) -> tuple[np.ndarray, d
 
     Returns
     -------
-    frames: (T, H, W, 3) uint8; metadata: fps, frames_indices and total_num_frames as transformers' processors take it.
+    frames: (T, H, W, 3) uint8; metadata: fps, frames_indices and total_num_frames as transformers' processors take it,
+        and where frames share pixels, `sharing`: how many do.
 
     Raises
     ------
@@ -130,30 +173,40 @@ def read_video(path: str | Path, settings: MediaSettings) -> tuple[np.ndarray, d
     shown = [i for i in indices if i in frames]  # a file may hold fewer frames than its header says
     metadata: dict[str, Any] = {"fps": rate, "frames_indices": shown, "total_num_frames": total}
     if settings.repeat_frames:  # the published clock: frame after frame, half a second apart, whatever the video's
-        metadata = {"fps": _PUBLISHED_FPS, "frames_indices": list(range(len(shown))), "total_num_frames": len(shown)}
+        metadata = {"fps": _SAMPLED_FPS, "frames_indices": list(range(len(shown))), "total_num_frames": len(shown)}
+    if settings.share_pixels:
+        metadata["sharing"] = sampled_frames(total, rate) if settings.share_pixels == "sampled" else len(shown)
     return np.stack([frames[i] for i in shown]), metadata
 
 
-def read_image(value: Any) -> Image.Image:
-    """A PIL picture in RGB from a picture, a path or an array.
+def read_image(value: Any, *, on_white: bool = False) -> Image.Image:
+    """A PIL picture in RGB from a picture, a path or an array; with `on_white`, transparent parts are white.
 
     Raises
     ------
     InputError: where the file is missing or is no picture.
     """
-    if isinstance(value, Image.Image):
-        return value.convert("RGB")
     if isinstance(value, np.ndarray):
-        return Image.fromarray(value).convert("RGB")
+        value = Image.fromarray(value)
+    if isinstance(value, Image.Image):
+        return _opaque(value, on_white)
     try:
         with Image.open(value) as image:
-            return image.convert("RGB")
+            return _opaque(image, on_white)
     except FileNotFoundError:
         raise InputError(f"image '{value}' is not there") from None
     except Exception as error:
         raise InputError(
             f"image '{value}' can't be read: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from error
+
+
+def _opaque(image: Image.Image, on_white: bool) -> Image.Image:
+    if not on_white or image.mode != "RGBA":
+        return image.convert("RGB")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image, mask=image.getchannel("A"))
+    return white
 
 
 def prepare_image(image: Image.Image, settings: MediaSettings) -> Image.Image:
@@ -204,7 +257,8 @@ def build_inputs(
                 if part["type"] == "text":
                     _refuse_placeholders(processor, part["text"])
                 elif part["type"] == "image":
-                    images.append(prepare_image(read_image(part["image"]), settings))
+                    shown = read_image(part["image"], on_white=settings.pillow_resize == "rounded")
+                    images.append(prepare_image(shown, settings))
                 elif part["type"] == "video":
                     if getattr(processor, "video_processor", None) is None:
                         raise UnsupportedMediaError(
@@ -253,21 +307,31 @@ def process(
     """
     arguments: dict[str, Any] = {}
     if images:
-        arguments["images"] = list(images)
-        if size := _size(processor.image_processor, settings.min_pixels, settings.max_pixels):
-            arguments["images_kwargs"] = {"size": size}
+        low, high = (settings.side**2,) * 2 if settings.side else (settings.min_pixels, settings.max_pixels)
+        bounds = _bounds(processor.image_processor, low, high)
+        arguments["images"] = [_resized_image(image, processor.image_processor, bounds, settings) for image in images]
+        if bounds and (low, high) != (None, None):
+            arguments["images_kwargs"] = {"size": {"shortest_edge": bounds[0], "longest_edge": bounds[1]}}
     if videos:
+        low, high = settings.video_min_pixels, settings.video_max_pixels
+        bounds = _bounds(processor.video_processor, low, high)
         arguments["videos"] = list(videos)
         # Frames are chosen above; what the processor may not do is choose again or change each frame's size with their
         # number (a default that moved between transformers releases).
         arguments["videos_kwargs"] = {
-            "video_metadata": list(metadata),
+            "video_metadata": [{k: v for k, v in about.items() if k != "sharing"} for about in metadata],
             "do_sample_frames": False,
             "cap_pixels_per_frame": False,
             "input_data_format": "channels_last",
         }
-        if size := _size(processor.video_processor, settings.video_min_pixels, settings.video_max_pixels):
-            arguments["videos_kwargs"]["size"] = size
+        if bounds and settings.share_pixels:  # each clip has bounds of its own, and the processor takes one pair
+            arguments["videos"] = [
+                _resized_frames(frames, about.get("sharing", len(frames)), processor.video_processor, bounds)
+                for frames, about in zip(videos, metadata, strict=True)
+            ]
+            arguments["videos_kwargs"]["do_resize"] = False
+        elif bounds and (low, high) != (None, None):
+            arguments["videos_kwargs"]["size"] = {"shortest_edge": bounds[0], "longest_edge": bounds[1]}
     return dict(
         processor(
             text=list(texts),
@@ -282,10 +346,77 @@ def process(
     )
 
 
-def _size(processor: Any, low: int | None, high: int | None) -> dict[str, int] | None:
+def _bounds(processor: Any, low: int | None, high: int | None) -> tuple[int, int] | None:
+    """Smallest and largest area that a processor is to give; None for a tower of one picture size, which has none."""
     own = processor.size
-    if (low is None and high is None) or "longest_edge" not in own:  # a tower of one picture size has no bounds
+    if "longest_edge" not in own or "shortest_edge" not in own or not hasattr(processor, "merge_size"):
         return None
     low = own["shortest_edge"] if low is None else low
     high = own["longest_edge"] if high is None else high
-    return {"shortest_edge": min(low, high), "longest_edge": max(low, high)}
+    return min(low, high), max(low, high)
+
+
+def whole_tokens(height: int, width: int, token: int, low: float, high: float) -> tuple[int, int]:
+    """Height and width in pixels, each a whole number of tokens, whose area is within bounds where the shape allows it.
+
+    The rule of Qwen's models as qwen_vl_utils has it: round each side to tokens; where the area is out of bounds, scale
+    both sides of the original by one factor, and round down (area too large) or up (too small).
+
+    Parameters
+    ----------
+    token: side of a token. low, high: bounds of the area.
+
+    Raises
+    ------
+    InputError: a picture longer than the family's processors take.
+    """
+    if max(height, width) > _MOST_OBLONG * min(height, width):
+        raise InputError(
+            f"a picture of {width}x{height} pixels is more than {_MOST_OBLONG} times as long as wide: crop it"
+        )
+    sides = [max(1, round(side / token)) * token for side in (height, width)]
+    if sides[0] * sides[1] > high:
+        shrink = math.sqrt(height * width / high)
+        sides = [max(1, math.floor(side / shrink / token)) * token for side in (height, width)]
+    elif sides[0] * sides[1] < low:
+        grow = math.sqrt(low / (height * width))
+        sides = [math.ceil(side * grow / token) * token for side in (height, width)]
+    return sides[0], sides[1]
+
+
+def largest_frame(sharing: int, token: int, low: float, high: float) -> float:
+    """Largest area of a frame, in pixels, where the frames of a clip share the pixels that a context has room for.
+
+    The rule of qwen_vl_utils: 90 % of 128,000 tokens, each of two frames, in equal parts, but at least 1.05 `low`.
+
+    Parameters
+    ----------
+    sharing: frames that share. token: side of a token. low, high: bounds of a frame's area.
+    """
+    share = _CLIP_CONTEXT * token * token * _CLIP_PART / sharing * _FRAMES_BY
+    return min(high, max(share, int(low * 1.05)))
+
+
+def _resized_image(
+    image: Image.Image, processor: Any, bounds: tuple[int, int] | None, settings: MediaSettings
+) -> Image.Image:
+    if bounds is None or not (settings.side or settings.pillow_resize):
+        return image
+    if settings.side:  # through bounds alone, a square of some sizes would come out a token larger or smaller
+        return image.resize((settings.side, settings.side))
+    token = processor.patch_size * processor.merge_size
+    low, high = bounds if settings.pillow_resize == "bounded" else (n * token * token for n in _PILLOW_TOKENS)
+    height, width = whole_tokens(image.height, image.width, token, low, high)
+    return image.resize((width, height))
+
+
+def _resized_frames(frames: np.ndarray, sharing: int, processor: Any, bounds: tuple[int, int]) -> np.ndarray:
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import resize
+
+    token, (low, high) = processor.patch_size * processor.merge_size, bounds
+    _, height, width, _ = frames.shape
+    size = whole_tokens(height, width, token, low, largest_frame(sharing, token, low, high))
+    channels_first = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    resized = resize(channels_first, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return resized.permute(0, 2, 3, 1).numpy()

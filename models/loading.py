@@ -21,7 +21,7 @@ from transformers.utils import logging as hf_logging
 from visionselector_eval.baselines.base import InputError, unknown
 
 from .backbones import FAMILIES, Family
-from .tiny import EMBEDDED, checkpoint
+from .tiny import EMBEDDED, checkpoint, embedded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -259,6 +259,22 @@ def checkpoint_family(source: str, revision: str | None = None) -> Family:
     InputError: no such checkpoint, or a family without an adapter (lists what exists).
     """
     return _family(source, _config(source, _locate(source), revision).model_type)
+
+
+def default_protocol(source: str, revision: str | None = None, model_type: str | None = None) -> str:
+    """The protocol of a checkpoint where nothing else is said: for sweep, ask, profile and lmms-eval's command.
+
+    Parameters
+    ----------
+    model_type: of its configuration, where that is known already.
+
+    Raises
+    ------
+    InputError: as `checkpoint_family`.
+    """
+    if known := embedded(source):
+        return known.protocol
+    return (_family(source, model_type) if model_type else checkpoint_family(source, revision)).protocol
 
 
 def _family(source: str, model_type: str) -> Family:

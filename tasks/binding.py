@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 from visionselector_eval.baselines.errors import InputError, unknown
+from visionselector_eval.models.generation import named_stops
 from visionselector_eval.tasks import data, host
 from visionselector_eval.tasks.suites import TaskEntry, check_limit, load_suites
 
@@ -102,14 +103,14 @@ class DocRequest:
     task, doc_id: lmms-eval task name and position of the document, the key of its answer.
     context: the question's text with upstream's prompt (no media), for pictures and logs.
     generation: generation settings of the task, without `until`; may lack `max_new_tokens` (textvqa_val gives none).
-    until: strings at which the answer ends; may be empty.
+    until: strings at which the answer ends, as the task itself names them; may be empty.
     """
 
     task: str
     doc_id: int
     context: str
     generation: dict[str, Any]
-    until: list[str]
+    until: tuple[str, ...]
     _build: Callable[[], list[dict[str, Any]]] = field(repr=False)
 
     def messages(self) -> Any:
@@ -270,14 +271,14 @@ def requests(bound: BoundTask) -> list[DocRequest]:
             for instance in task.instances:
                 context, to_messages, generation, doc_id, _, split = instance.args
                 settings = dict(generation)
-                until = settings.pop("until", None) or []
+                until = named_stops(settings.pop("until", None), task.config.fewshot_delimiter)
                 made.append(
                     DocRequest(
                         task=name,
                         doc_id=doc_id,
                         context=context,
                         generation=settings,
-                        until=[until] if isinstance(until, str) else list(until),
+                        until=until,
                         _build=partial(_build, task, split, doc_id, to_messages),
                     )
                 )

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.harness.spec import asked_media, asked_protocol
 from visionselector_eval.models.loading import (
     checkpoint_family,
     choose_attention,
@@ -139,6 +140,7 @@ def _workloads(spec: ProfileSpec, backbone: Backbone) -> list[Workload]:
         from visionselector_eval.models.inputs import MediaSettings
 
         family = checkpoint_family(spec.pretrained, spec.revision).lmms_eval
-        media = MediaSettings(**spec.media)
-        workloads.append(documents(spec.task, backbone, family, spec.limit, media, spec.data_root))
+        media = MediaSettings(**asked_media(spec, spec.pretrained, spec.revision))
+        protocol = asked_protocol(spec, spec.pretrained, spec.revision)
+        workloads.append(documents(spec.task, backbone, family, spec.limit, media, protocol, spec.data_root))
     return workloads

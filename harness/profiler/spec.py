@@ -12,7 +12,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from visionselector_eval.baselines.budget import Share, parse_budget
 from visionselector_eval.baselines.errors import InputError, unknown
 from visionselector_eval.baselines.registry import available, resolve_options
-from visionselector_eval.harness.spec import MethodSpec
+from visionselector_eval.harness.spec import (
+    ASKING,
+    AUTO,
+    Fps,
+    Jpeg,
+    MaxNumFrames,
+    MaxPixels,
+    MethodSpec,
+    MinPixels,
+    ProtocolName,
+    RepeatFrames,
+    SystemPrompt,
+)
 from visionselector_eval.harness.store import digest_of
 from visionselector_eval.models.tiny import TINY
 
@@ -64,7 +76,14 @@ class ProfileSpec(BaseModel):
     attn_implementation: str = Field(
         default="auto", description="auto, sdpa, eager, flash_attention_2; one for all cells of a profile"
     )
-    media: dict[str, Any] = Field(default_factory=dict, description="pixels and frames of the task's documents")
+    protocol: ProtocolName = AUTO
+    min_pixels: MinPixels = None
+    max_pixels: MaxPixels = None
+    max_num_frames: MaxNumFrames = None
+    fps: Fps = None
+    system_prompt: SystemPrompt = None
+    jpeg: Jpeg = None
+    repeat_frames: RepeatFrames = None
 
     @field_validator("budgets", mode="before")
     @classmethod
@@ -96,8 +115,8 @@ class ProfileSpec(BaseModel):
                     "--task with --random-weights would measure documents tokenized by another model: use --synthetic N"
                 )
         if not self.task:
-            for field in ("limit", "data_root"):
-                if getattr(self, field) is not None:
+            for field in ("limit", "data_root", *ASKING):
+                if getattr(self, field) not in (None, AUTO):
                     raise InputError(f"--{field.replace('_', '-')} goes with --task NAME")
             self.synthetic = self.synthetic or [256]
         else:

@@ -53,9 +53,9 @@ def profile_sweep(
             if overwrite:
                 folder.forget()
             backbone = backbone_of(_unit(spec, group, device))
-            media = MediaSettings(**spec.media(group.backbone))
+            media, protocol = MediaSettings(**spec.media(group.backbone)), spec.protocol_of(group.backbone)
             workload = documents(
-                group.task, backbone, group.family, spec.limit, media, group.data_root, most=_DOCUMENTS
+                group.task, backbone, group.family, spec.limit, media, protocol, group.data_root, most=_DOCUMENTS
             )
             shared = folder.settle(about(backbone, measuring, dtype, attention, workload=dict(workload.settings)))
             folder.run.write_environment(run_environment(shared))

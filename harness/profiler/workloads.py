@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -121,6 +121,7 @@ def documents(
     family: str,
     limit: int | None,
     media: MediaSettings,
+    protocol: str,
     data_root: str | None = None,
     most: int | None = None,
 ) -> Workload:
@@ -128,7 +129,7 @@ def documents(
 
     Parameters
     ----------
-    most: take only so many of them, evenly spread.
+    protocol: says where media stand in the prompts. most: take only so many of them, evenly spread.
 
     Raises
     ------
@@ -146,10 +147,11 @@ def documents(
     def item(request: Any) -> Item:
         return Item(request.key, lambda: build_inputs(backbone.processor, [request.messages()], media))
 
-    items = [item(request) for _, request in document_requests(bound, {})]
+    items = [item(request) for _, request in document_requests(bound, {}, protocol)]
     if most is not None and len(items) > most:
         items = [items[round(i * (len(items) - 1) / max(1, most - 1))] for i in range(most)]
-    settings = {"task": task, "limit": limit, "documents": len(items), "data": bound.data_hash}
+    settings: dict[str, Any] = {"task": task, "limit": limit, "documents": len(items), "data": bound.data_hash}
+    settings |= {"protocol": protocol, "media": {k: v for k, v in asdict(media).items() if v is not None}}
     return Workload(name=task, tokens=None, items=items, settings=settings)
 
 

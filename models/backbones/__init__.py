@@ -13,7 +13,7 @@ class Family:
     ----------
     adapter: "module:Class".
     lmms_eval: lmms-eval's name of the unmodified model, which chooses the wording of its prompts.
-    protocol: how sweeps show it pictures where they are not told (`models.protocols`).
+    protocol: how it is asked where nothing else is said (`models.protocols`), by every command.
     """
 
     adapter: str

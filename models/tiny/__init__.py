@@ -15,7 +15,7 @@ class Embedded:
 
     Attributes
     ----------
-    folder: beside this file. protocol: how sweeps show it pictures where they are not told. about: what it is.
+    folder: beside this file. protocol: how it is asked where nothing else is said. about: what it is.
     """
 
     folder: str
@@ -28,6 +28,11 @@ EMBEDDED: dict[str, Embedded] = {
     "tiny-llava": Embedded("llava", "llava_stf", "LLaVA-1.5"),
     "tiny-llava-stf": Embedded("llava_stf", "llava_stf", "LLaVA-1.5 with trained token fusion"),
 }
+
+
+def embedded(source: str) -> Embedded | None:
+    """The embedded checkpoint that `source` names or is the folder of, if it is one."""
+    return next((e for name, e in EMBEDDED.items() if source == name or Path(source) == checkpoint(name)), None)
 
 
 def checkpoint(name: str = TINY) -> Path:

@@ -221,15 +221,15 @@ def test_labels_tell_options_apart():
 def test_protocols_resolve_by_checkpoint_and_give_way_to_the_spec(tmp_path, llava_folder):
     tiny, real = BackboneSpec(pretrained="tiny"), BackboneSpec(pretrained=str(tmp_path))
     shutil.copy(checkpoint() / "config.json", tmp_path)
-    published = PROTOCOLS["visionselector"][1]
+    published = PROTOCOLS["visionselector"].fields
     auto = make_spec({})
     assert auto.media(tiny) == {}
     assert auto.media(real) == published
-    assert auto.media(BackboneSpec(pretrained=str(llava_folder))) == PROTOCOLS["llava_stf"][1]
+    assert auto.media(BackboneSpec(pretrained=str(llava_folder))) == PROTOCOLS["llava_stf"].fields
     assert published["max_pixels"] == 2048 * 28 * 28
-    for name, (_, fields) in PROTOCOLS.items():
-        assert make_spec({"protocol": name}).media(tiny) == make_spec({"protocol": name}).media(real) == fields
-        MediaSettings(**fields)
+    for name, row in PROTOCOLS.items():
+        assert make_spec({"protocol": name}).media(tiny) == make_spec({"protocol": name}).media(real) == row.fields
+        MediaSettings(**row.fields)
     over = make_spec({"max_pixels": 300_000, "system_prompt": "", "max_num_frames": 4, "fps": 1, "jpeg": False})
     assert over.media(tiny)["max_pixels"] == over.media(tiny)["video_max_pixels"] == 300_000
     media = over.media(real)
@@ -273,7 +273,7 @@ BAD: dict[str, tuple[dict, str]] = {
     "half a pair of documents": ({"limit": 3, "tasks": ["tiny_mme"]}, "groups of 2, try 4"),
     "half a pair in a suite": ({"limit": 3}, "limit 3 for tiny_mme"),
     "empty batch": ({"batch_size": 0}, "field 'batch_size'"),
-    "unknown protocol": ({"protocol": "paper"}, "field 'protocol'"),
+    "unknown protocol": ({"protocol": "losless"}, "unknown protocol 'losless': did you mean 'lossless'"),
     "no frames": ({"max_num_frames": 0}, "field 'max_num_frames'"),
     "no time": ({"fps": 0}, "field 'fps'"),
     "unknown generation setting": (

@@ -188,7 +188,7 @@ def test_requests_are_upstreams(name: str, bound: dict[str, binding.BoundTask]) 
         assert request.generation.get("max_new_tokens") == NEW_TOKENS.get(name, 16)
         assert "until" not in request.generation
         waits = ("tiny_textvqa_val", "tiny_seedbench", "tiny_vizwiz_vqa_val")
-        assert request.until == (["ASSISTANT:"] if name in waits or "mmbench" in name else ["\n\n"])
+        assert request.until == (("ASSISTANT:",) if name in waits or "mmbench" in name else ())
     # Upstream's MMMU code changes a module table while it makes messages: prompts (and so digests) must not see it.
     assert [r.context for r in binding.requests(bound[name])] == [r.context for r in asked]
 
