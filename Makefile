@@ -13,7 +13,7 @@ DEMO := --name demo --replace-stale --limit 16 --batch-size 8 --budgets 0.3 0.2 
 	--methods visionselector visionzip divprune random uniform downsample
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types lock clean
+.PHONY: help install demo test lint types bundle lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -49,6 +49,9 @@ types: install
 # Resolved for 3.11, then checked to be a complete solution for the newer ones.
 RESOLVE = $(BIN)/uv pip compile pyproject.toml --extra dev --python-platform x86_64-manylinux_2_28 \
 	--no-annotate --no-header --no-emit-index-url --no-emit-find-links --no-emit-build-options --quiet
+
+bundle: install  ## wheels for a GPU machine without network, in build/bundle (BUNDLE='--python 3.11')
+	$(BIN)/python -m visionselector_eval.harness.microbenchmarks.bundle $(BUNDLE)
 
 lock: | $(BIN)/uv  ## resolve requirements.lock anew from pyproject.toml
 	mkdir -p build && touch requirements.lock && cp requirements.lock build/lock.txt

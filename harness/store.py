@@ -27,8 +27,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from visionselector_eval.baselines.budget import Budget, parse_budget
@@ -406,6 +404,9 @@ class Run:
         return record is not None and record.status == "done" and self._complete(record)
 
     def _complete(self, record: CellRecord) -> bool:
+        import pyarrow as pa  # a profile on a machine without network does without it
+        import pyarrow.parquet as pq
+
         try:
             rows = pq.read_metadata(self._cell(record.digest) / "samples.parquet").num_rows
         except (OSError, pa.ArrowException):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from visionselector_eval.harness.store import write_atomic
 from .phases import PHASES
 from .spec import FULL, LIMIT
 from .store import Profile, load_profile
+
+log = logging.getLogger(__name__)
 
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 _RESAMPLES, _SEED = 2000, 0
@@ -372,19 +376,22 @@ def markdown(profile: Profile, lines: pd.DataFrame) -> str:
 
 
 def write(folder: str | Path) -> str:
-    """Make table.md, table.csv and the plots from a profile's rows alone; returns the text of table.md.
+    """Make table.md, table.csv and, with matplotlib, the plots from a profile's rows alone; returns the text of table.md.
 
     Raises
     ------
     InputError: nothing measured there.
     """
-    from .plots import draw
-
     profile = load_profile(folder)
     lines = summary(profile)
     text = markdown(profile, lines)
     write_atomic(profile.folder / "table.md", text)
     write_atomic(profile.folder / "table.csv", lines.to_csv(index=False))
+    if find_spec("matplotlib") is None:
+        log.info("matplotlib is not installed: no plots")
+        return text
+    from .plots import draw
+
     draw(lines, profile.folder / "plots")
     return text
 

@@ -13,7 +13,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,8 @@ import pandas as pd
 
 from visionselector_eval.baselines.errors import InputError
 from visionselector_eval.harness.store import Journal, Run, plain, write_atomic
+
+log = logging.getLogger(__name__)
 
 IDENTITY = ("workload", "item", "cell", "role", "method", "label", "options", "budget", "kind", "round")
 """What every row has: `kind` is time, plain, published, memory, flops, energy or failed."""
@@ -95,7 +99,10 @@ class ProfileFolder:
         return _rows(self.folder)
 
     def finish(self) -> None:
-        """All is measured: rows become one table, the journal goes."""
+        """All is measured: rows become one table, the journal goes; without pyarrow the journal stays."""
+        if find_spec("pyarrow") is None:
+            log.info("pyarrow is not installed: rows stay in %s", self._journal.path)
+            return
         rows = _rows(self.folder)
         table = self.folder / "samples.parquet"
         temporary = table.with_name(".samples.parquet.tmp")
