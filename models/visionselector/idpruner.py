@@ -24,8 +24,9 @@ from .compressor import ScorerCompressor
 class IDPruner(ScorerCompressor):
     """Picks tokens that a trained scorer finds important and that are unlike those already picked.
 
-    Each pick has the largest balance * importance - (1 - balance) * (its largest cosine to a picked token); importance
-    is VisionSelector's score, from 0 to 1, with the same weights (option `scorer`, else the backbone's own). Source:
+    The first pick is the most important token, whatever the balance; each later one has the largest balance *
+    importance - (1 - balance) * (its largest cosine to a picked token). Importance is VisionSelector's score, from 0
+    to 1, with the same weights (option `scorer`, else the backbone's own). Source:
     IDPruner as released in Tencent AngelSlim; its paper speaks of soft top-k outputs, the code and we of
     raw scores. A token is picked once. `upstream_exact` rounds K = round(N * (1 - pruned)), half to even, over all of a
     prompt's images at once.
@@ -38,7 +39,9 @@ class IDPruner(ScorerCompressor):
 
     balance: float = field(
         default=0.5,
-        metadata={"help": "weight of importance against likeness: 1 is visionselector, 0 looks at likeness"},
+        metadata={
+            "help": "weight of importance against likeness: 1 is visionselector, 0 likeness alone after the first pick"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -73,7 +76,11 @@ def pick_order(features: Tensor, scores: Tensor, count: int, balance: float = 0.
     """
     unit = unit_rows(features)
     low, high = scores.aminmax()
-    importance = balance * ((scores - low) / (high - low + 1e-6)).to(unit.dtype)
+    importance = ((scores - low) / (high - low + 1e-6)).to(unit.dtype)
+    # The most important token comes first at every balance, also at 0, where all values would be equal. Its own value
+    # is not looked at again.
+    first = first_largest(importance)
+    importance = (balance * importance).index_fill_(0, first, 2.0)
     if (fused := pick_all(unit, importance, 1 - balance, count)) is not None:
         return fused
     closest = torch.full_like(importance, -torch.inf)
