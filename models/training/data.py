@@ -12,6 +12,7 @@ import logging
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -104,8 +105,8 @@ def parse_record(record: Any, file: Path, place: str, paths: MediaPaths) -> Conv
 
     Two layouts: `conversations` (a list of {"from": "human" | "gpt" | "system", "value": text}) and `messages` (a list
     of {"role": "user" | "assistant" | "system", "content": text}). `image` (or `images`) and `video` (or `videos`) are
-    a path or a list of paths; each stands where the text has `<image>` or `<video>` (with one line break after it left
-    out), and before the first question where the text has none.
+    a path or a list of paths; each stands where the text has `<image>` or `<video>`, and before the first question
+    where the text has none. A line break behind a marker stays, as in the published data paths.
 
     Raises
     ------
@@ -168,7 +169,7 @@ def _conversation(place: str, texts: Sequence[tuple[str, str]], media: Mapping[s
             continue
         parts, unmarked = unmarked, []
         for kind, marker in _MARKERS.items():
-            text = text.replace(marker + "\n", marker).replace(marker, f"{_SPLIT}{kind}{_SPLIT}")
+            text = text.replace(marker, f"{_SPLIT}{kind}{_SPLIT}")
         for number, piece in enumerate(text.split(_SPLIT)):
             if number % 2:
                 parts.append({"type": piece, piece: left[piece].pop(0)})
@@ -310,7 +311,8 @@ class Unusable:
 class Tokeniser:
     """From a conversation to tokens, labels and pixels, exactly as a prompt is made at inference.
 
-    No token spans prompt and answer, as it can't when the model answers.
+    No token spans prompt and answer, as it can't when the model answers. A line break that begins the text behind a
+    picture stays, unless the chat template puts one there by itself (LLaVA's does).
 
     Parameters
     ----------
@@ -321,32 +323,33 @@ class Tokeniser:
         self.processor, self.settings, self.max_length = processor, settings, max_length
 
     def __call__(self, conversation: Conversation) -> dict[str, Any]:
-        """Tensors of one sample: input_ids (S,), labels (S,) with `IGNORED` everywhere but on answers and the token
-        that ends each, and the processor's pixel values and grids; `place`.
+        """Tensors of one sample: input_ids (S,), labels (S,) with `IGNORED` everywhere but on answers and what the
+        chat template ends each with (Qwen's: `<|im_end|>` and a line break), and the processor's pixel values and
+        grids; `place`.
 
         Raises
         ------
         InputError: a picture or video that can't be read, or more than `max_length` tokens.
         """
         place = conversation.place
-        messages = list(conversation.messages)
+        messages = [self._without_second_break(message) for message in conversation.messages]
         if self.settings.system_prompt is not None and messages[0]["role"] != "system":
             system = {"role": "system", "content": [{"type": "text", "text": self.settings.system_prompt}]}
             messages.insert(0, system)
         ids: list[Tensor] = []
         labels: list[Tensor] = []
         tensors: dict[str, list[Any]] = {}
-        done, shown, before = 0, 0, ""
+        done, shown, before, said = 0, 0, "", ""
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             prompt = self._render(messages[:number], True)
             whole = self._render(messages[: number + 1], False)
-            if not whole.startswith(prompt):
+            if not whole.startswith(prompt) or not prompt.startswith(said):
                 raise InputError(
                     f"{place}: the chat template changes a prompt when it is answered: it can't be trained"
                 )
-            answer = whole[len(prompt) :].rstrip()
+            answer, said = whole[len(prompt) :], whole
             if message["content"].strip() not in answer:
                 raise InputError(
                     f"{place}: the chat template does not show the answer where it is trained: give the checkpoint one "
@@ -359,7 +362,7 @@ class Tokeniser:
                 asked = self._prompt(place, question, messages[shown:number], first=False)["input_ids"][0]
             spoken = self._rest(question, self._tokens(question + answer))
             spoken = self._tokens(answer) if spoken is None else spoken
-            done, shown, before = len(prompt) + len(answer), number + 1, answer
+            done, shown, before = len(whole), number + 1, answer
             ids += [asked, spoken]
             labels += [torch.full_like(asked, IGNORED), spoken]
             for name, value in made.items():
@@ -374,6 +377,28 @@ class Tokeniser:
         for name, values in tensors.items():
             sample[name] = _joined(values)
         return sample
+
+    @cached_property
+    def _breaks(self) -> bool:
+        """Whether the chat template itself puts a line break between a picture and the text behind it."""
+        rendered = self._render(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "text"}]}], True
+        )
+        return rendered.partition("text")[0].endswith("\n")
+
+    def _without_second_break(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """The message without line breaks behind pictures that the chat template adds as well."""
+        if isinstance(message["content"], str) or not self._breaks:
+            return dict(message)
+        parts: list[Any] = []
+        for part in message["content"]:
+            follows = bool(parts) and parts[-1]["type"] != "text"
+            if follows and part["type"] == "text" and part["text"].startswith("\n"):
+                part = {**part, "text": part["text"][1:]}
+                if not part["text"]:
+                    continue
+            parts.append(part)
+        return {**message, "content": parts}
 
     def _render(self, messages: Sequence[Mapping[str, Any]], open_end: bool) -> str:
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_end)

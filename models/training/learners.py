@@ -293,8 +293,6 @@ class PredictorLearner(CompressorLearner):
             loss = self._language_loss(prompt, prompt.embeds, batch["labels"])
             return Outcome(loss + self.nothing(loss.device), {"loss_language": loss.detach()}, {"tau": tau})
         sizes = [[len(item.features) for item in row] for row in encoded.rows]
-        if self.spec.upstream_exact:
-            sizes = [[sum(row)] if row else [] for row in sizes]
         embeds = self._joined(prompt, [item.features for row in encoded.rows for item in row])
         with self._policy(prompt.visual, sizes, tau) as keep:
             language = self._language_loss(prompt, embeds, batch["labels"])
@@ -315,10 +313,11 @@ class PredictorLearner(CompressorLearner):
 
         def decide(states: Tensor) -> None:
             keep.clear()
-            for row, mask, parts in zip(states, visual, sizes, strict=True):
-                if parts:
-                    scopes = row[mask].split(parts)
-                    keep.append(torch.cat([keep_decisions(self.learned(scope), tau) for scope in scopes]))
+            rows = [sum(parts) for parts in sizes if parts]
+            # As published all pictures of the micro-batch are one scope: its samples are packed into one sequence.
+            parts = [sum(rows)] if self.spec.upstream_exact else [part for row in sizes for part in row]
+            scopes = states[visual].split(parts)
+            keep.extend(torch.cat([keep_decisions(self.learned(scope), tau) for scope in scopes]).split(rows))
             ones = torch.ones(visual.shape, dtype=keep[0].dtype, device=visual.device)
             policy[:] = [ones.masked_scatter(visual, torch.cat(keep))]
 

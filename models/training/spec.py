@@ -212,8 +212,8 @@ class PredictorSpec(CompressorSpec):
     output: str = Field(default="runs/dynamic-qwen", description=TrainSpec.model_fields["output"].description)
     upstream_exact: bool = Field(
         default=False,
-        description="judge all pictures of a sample together, and let forbidden keys keep their share of epsilon, as "
-        "published; canonically each picture is judged alone",
+        description="judge all pictures of a micro-batch together, and let forbidden keys keep their share of epsilon, "
+        "as published; canonically each picture is judged alone",
     )
     batch_size: int = Field(default=8, ge=1, description=TrainSpec.model_fields["batch_size"].description)
     learning_rate: float = Field(default=2e-4, gt=0, description=TrainSpec.model_fields["learning_rate"].description)

@@ -94,7 +94,7 @@ def test_only_answers_are_learned_and_the_prompt_is_the_one_of_inference(tiny, s
     sample = Tokeniser(tiny.processor, SETTINGS, 4096)(conversation)
     decode = tiny.processor.tokenizer.decode
     spoken = sample["input_ids"][sample["labels"] != IGNORED]
-    assert decode(spoken) == "the first<|im_end|>no<|im_end|>"
+    assert decode(spoken) == "the first<|im_end|>\nno<|im_end|>\n"
     assert torch.equal(sample["labels"][sample["labels"] != IGNORED], spoken)
     pictures = [{"type": "image", "image": str(samples.parent / name)} for name in ("0.png", "1.png")]
     asked = build_inputs(
@@ -106,9 +106,23 @@ def test_only_answers_are_learned_and_the_prompt_is_the_one_of_inference(tiny, s
     assert torch.equal(sample["input_ids"][:length], asked["input_ids"][0])
     assert torch.equal(sample["pixel_values"], asked["pixel_values"])
     assert torch.equal(sample["image_grid_thw"], asked["image_grid_thw"])
-    whole = tiny.processor.apply_chat_template(conversation.messages, tokenize=False).rstrip("\n")
+    whole = tiny.processor.apply_chat_template(conversation.messages, tokenize=False)
     squeezed = decode(sample["input_ids"]).replace("<|image_pad|>", "")
     assert squeezed == whole.replace("<|image_pad|>", "")
+
+
+def test_an_answer_of_two_tokens_has_four_labels_and_the_break_behind_a_picture_stays(tiny, samples):
+    tokenizer = tiny.processor.tokenizer
+    answer = "xz"
+    two = tokenizer(answer, add_special_tokens=False).input_ids
+    assert len(two) == 2
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": answer}]
+    record = parse_record({"image": "0.png", "conversations": turns}, samples, "here:1", MediaPaths())
+    sample = Tokeniser(tiny.processor, SETTINGS, 4096)(record)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    (newline,) = tokenizer("\n", add_special_tokens=False).input_ids
+    assert sample["labels"][sample["labels"] != IGNORED].tolist() == [*two, end, newline]
+    assert "<|vision_end|>\nWhat is it?<|im_end|>" in tokenizer.decode(sample["input_ids"])
 
 
 def test_records_in_both_layouts_and_markers():
@@ -131,7 +145,7 @@ def test_records_in_both_layouts_and_markers():
     assert messages(middle)[1]["content"] == [
         {"type": "text", "text": "Look "},
         image,
-        {"type": "text", "text": "here"},
+        {"type": "text", "text": "\nhere"},
     ]
     without = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
     assert messages(without)[0]["content"] == [{"type": "text", "text": "Q"}]
@@ -194,7 +208,7 @@ def test_parquet_of_image_question_answer(tiny, tmp_path, shown):
     sample = conversations[2]
     assert isinstance(sample, dict)
     assert sample["place"] == f"{tmp_path / 'x.parquet'}:3"
-    assert tiny.processor.tokenizer.decode(sample["labels"][sample["labels"] >= 0]) == "teal<|im_end|>"
+    assert tiny.processor.tokenizer.decode(sample["labels"][sample["labels"] >= 0]) == "teal<|im_end|>\n"
     rows.remove_columns("answer").to_parquet(str(tmp_path / "y.parquet"))
     with pytest.raises(InputError, match="column 'answer' is missing"):
         Conversations([tmp_path / "y.parquet"], MediaPaths())
@@ -665,3 +679,15 @@ def test_a_batch_of_which_everything_is_left_out(samples, tmp_path):
     config = json.loads((tmp_path / "scorer_config.json").read_text())
     assert config["data"]["skipped"] == 4
     assert config["metrics"]["loss"] == 0
+
+
+def test_the_predictor_judges_a_picture_or_as_published_the_whole_micro_batch(samples):
+    for exact, expected in ((False, [6, 12, 12]), (True, [30])):
+        backbone = fresh_tiny()
+        learner = PredictorLearner.build(
+            backbone, predictor_spec(samples, upstream_exact=exact, gradient_checkpointing=False)
+        )
+        seen: list[int] = []
+        learner.learned.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(len(args[0])))
+        learner(batch_of(backbone, samples, [0, 1, 2]), 0, 10)
+        assert seen == expected

