@@ -728,6 +728,7 @@ def _tasks(arguments: argparse.Namespace) -> int:
 
 def _include_folder(names: Sequence[str], data_root: str | None) -> str:
     from visionselector_eval.tasks.suites import entry, suite
+    from visionselector_eval.tasks.tiny import mirror
     from visionselector_eval.tasks.tiny.store import write_bindings
 
     if data_root:
@@ -736,6 +737,14 @@ def _include_folder(names: Sequence[str], data_root: str | None) -> str:
         raise InputError(
             f"tasks include is about the embedded benchmarks, and {real[0]} is lmms-eval's own: the stock command "
             "knows it already; to read it from local files use `sweep --data-root`"
+        )
+    if any(mirror(name).media == "clip" for name in names or suite("tiny")):
+        from huggingface_hub.constants import HF_HOME
+
+        # Standard error: the folder on standard output goes into a command line.
+        _say(
+            "some of these tasks have videos, and lmms-eval reads HF_HOME while it loads such tasks (nextqa): "
+            f"export HF_HOME={HF_HOME} (or another folder) before lmms-eval eval"
         )
     return str(write_bindings(names or suite("tiny")))
 

@@ -156,7 +156,9 @@ class SweepSpec(_Strict):
         default=None,
         description="folder with the data of the real tasks, used instead of the hub; `tasks layout` prints its layout",
     )
-    seeds: list[int] = Field(default=[0], description="seeds of the methods that draw at random", min_length=1)
+    seeds: list[int] = Field(
+        default=[0], description="seeds of methods that draw at random, and of sampled answers", min_length=1
+    )
     limit: int | None = Field(default=None, ge=1, description="first N documents of each task; all when not given")
     batch_size: int = Field(default=1, ge=1, description="documents answered together")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1")
@@ -174,7 +176,7 @@ class SweepSpec(_Strict):
     repeat_frames: RepeatFrames = None
     on_bad_document: Literal["fail", "skip"] = Field(
         default="fail",
-        description="a picture or video that can't be read: fail the cell, or skip the document "
+        description="a document that can't be read or that the processor refuses: fail the cell, or skip it "
         "(it counts as unanswered, and the result says how many)",
     )
     generation: dict[str, Any] = Field(
