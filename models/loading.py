@@ -339,6 +339,9 @@ def load_backbone(
             processor = AutoProcessor.from_pretrained(located, revision=revision)
         else:
             processor = foreign.processor()
+        if processor.chat_template is None:
+            # Of a template that stands in tokenizer_config.json alone transformers tells the tokenizer only.
+            processor.chat_template = processor.tokenizer.chat_template
         # Without its files transformers makes an empty tokenizer up, and every prompt would silently be nonsense.
         if processor.image_token_id != config.image_token_id:
             raise InputError(
@@ -372,10 +375,16 @@ def load_backbone(
         log.warning(
             "%s holds %d tensors that its family has no place for, first '%s'", source, len(unplaced), unplaced[0]
         )
-    return adapter(
+    backbone = adapter(
         model.to(device),
         processor,
         id=source,
         revision=commit or folder_fingerprint(Path(located)),
         extra_weights=extra,
     )
+    if backbone.processor.chat_template is None:
+        raise InputError(
+            f"'{source}' has no chat template: expected chat_template.jinja, chat_template.json, or `chat_template` in "
+            "tokenizer_config.json"
+        )
+    return backbone

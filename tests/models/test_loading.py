@@ -100,6 +100,34 @@ def test_a_scorer_of_another_width_is_refused(tiny, tmp_path):
         tiny.prefill(inputs, build("visionselector", scorer=str(tmp_path)), 0.2)
 
 
+def template_moved(folder, into):
+    """The template of chat_template.jinja in another file of the checkpoint, or in none."""
+    file = folder / "chat_template.jinja"
+    text = file.read_text(encoding="utf-8")
+    file.unlink()
+    if into == "chat_template.json":
+        (folder / into).write_text(json.dumps({"chat_template": text}), encoding="utf-8")
+    elif into is not None:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        several = [{"name": "default", "template": text}, {"name": "rag", "template": "nothing of use"}]
+        settings["chat_template"] = text if into == "tokenizer_config.json" else several
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+@pytest.mark.parametrize("into", ["tokenizer_config.json", "several templates in it", "chat_template.json"])
+def test_a_chat_template_may_stand_wherever_transformers_reads_one(into, tiny, tmp_path):
+    backbone = load_backbone(copy_with(tmp_path, lambda folder: template_moved(folder, into)))
+    for prompt in ("one image", "text only"):
+        ours = build_inputs(backbone.processor, PROMPTS[prompt](), MediaSettings())
+        theirs = build_inputs(tiny.processor, PROMPTS[prompt](), MediaSettings())
+        assert torch.equal(ours["input_ids"], theirs["input_ids"])
+
+
+def test_a_checkpoint_without_any_chat_template_says_where_one_belongs(tmp_path):
+    with pytest.raises(InputError, match=r"no chat template: expected chat_template\.jinja"):
+        load_backbone(copy_with(tmp_path, lambda folder: template_moved(folder, None)))
+
+
 def copy_with(tmp_path, change):
     folder = tmp_path / "broken"
     shutil.copytree(checkpoint(), folder)

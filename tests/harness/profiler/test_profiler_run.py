@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -102,14 +103,15 @@ def test_the_files_say_what_ran_where(done) -> None:
     assert about["energy"].startswith("none: device is cpu")
 
 
-def test_the_same_command_measures_nothing_twice_and_more_adds(done) -> None:
-    before = load_profile(done).rows
+def test_the_same_command_measures_nothing_twice_and_more_adds(done, tmp_path) -> None:
+    folder = Path(shutil.copytree(done, tmp_path / "own"))  # others read the shared one
+    before = load_profile(folder).rows
     seen = Counting()
-    run_profile(spec(done), progress=seen)
+    run_profile(spec(folder), progress=seen)
     assert (seen.total, seen.samples) == (0, 0)
-    pd.testing.assert_frame_equal(load_profile(done).rows, before)
-    run_profile(spec(done, methods=["divprune", "fastv", "uniform"]), progress=seen)
-    rows = load_profile(done).rows
+    pd.testing.assert_frame_equal(load_profile(folder).rows, before)
+    run_profile(spec(folder, methods=["divprune", "fastv", "uniform"]), progress=seen)
+    rows = load_profile(folder).rows
     assert set(rows["label"]) == {"full", "divprune", "fastv", "uniform", "limit"}
     assert len(rows) == len(before) + seen.total
 
