@@ -116,8 +116,12 @@ def test_a_video_task_counts_the_tokens_of_all_frames(model_class, tiny):
 
 
 def test_the_protocol_decides_the_pixels(model_class, tiny):
-    """lmms-eval's defaults unless asked otherwise: 256 to 2048 tokens a picture; single fields go over it."""
-    for arguments, least, most in (({}, 256, 2048), ({"max_pixels": 100 * 784, "min_pixels": 784}, 1, 100)):
+    """The checkpoint's own unless asked otherwise; single fields go over a protocol's."""
+    for arguments, least, most in (
+        ({}, 64, 64),
+        ({"protocol": "lmms_eval"}, 256, 2048),
+        ({"protocol": "lmms_eval", "max_pixels": 100 * 784, "min_pixels": 784}, 1, 100),
+    ):
         model = model_class(backbone=tiny, **arguments)
         assert all(least <= c["visual_tokens_total"] <= most for c in counts(evaluate(model, [IMAGES], 2)[IMAGES]))
 
@@ -353,7 +357,7 @@ def test_llava_at_budget_one_is_a_plain_generate_of_llava_hfs_prompt(llava_class
         )
         plain.append(cut(answer, request.until))
     for method in ("full", "visionzip", "fastv"):
-        model = llava_class(backbone=llava, method=method, budget=1.0)
+        model = llava_class(backbone=llava, method=method, budget=1.0, protocol="lmms_eval")
         samples = evaluate(model, [IMAGES], limit=3)[IMAGES]
         assert texts(samples) == plain, method
         assert {c["visual_tokens_kept"] for c in counts(samples)} == {64}
