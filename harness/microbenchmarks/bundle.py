@@ -165,7 +165,7 @@ def make(root: Path, output: Path, names: Sequence[str], python: str) -> int:
         _run([*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(output), str(source)])
     known = {name: locked[name] for name in names}
     (output / "install.sh").write_text(_INSTALL, encoding="utf-8")
-    text = _MISSING.format(pins=known, ranges={name: bounds for name, bounds in ranges(root).items()})
+    text = _MISSING.format(pins=known, ranges=ranges(root))
     (output / "missing.py").write_text(text, encoding="utf-8")
     commit, modified = git_commit()
     (output / "commit").write_text(f"{commit or 'unknown'}{'+changes' if modified else ''}\n", encoding="utf-8")

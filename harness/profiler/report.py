@@ -376,7 +376,7 @@ def markdown(profile: Profile, lines: pd.DataFrame) -> str:
 
 
 def write(folder: str | Path) -> str:
-    """Make table.md, table.csv and, with matplotlib, the plots from a profile's rows alone; returns the text of table.md.
+    """Make table.md, table.csv and, with matplotlib, the plots from a profile's rows; returns the text of table.md.
 
     Raises
     ------
