@@ -22,6 +22,7 @@ from visionselector_eval.baselines.base import (
     Selection,
     working_dtype,
 )
+from visionselector_eval.models.generation import kv_cache
 from visionselector_eval.models.splice import CompressedPrompt, repad
 from visionselector_eval.models.steps import step
 
@@ -326,7 +327,7 @@ class DecoderPruning:
 
     def _capture(self, number: int) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not _cached(kwargs.get("past_key_values"), number):
+            if not _cached(kwargs, number):
                 self._previous = args[0] if args else kwargs["hidden_states"]
 
         return hook
@@ -335,7 +336,7 @@ class DecoderPruning:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             kwargs = dict(kwargs)
             hidden = args[0] if args else kwargs.pop("hidden_states")
-            cached = _cached(kwargs.get("past_key_values"), number)
+            cached = _cached(kwargs, number)
             if not cached:
                 hidden = self._read_prompt(number, hidden, kwargs)
             layout, received = self._at[number], kwargs.get("attention_mask")
@@ -527,8 +528,9 @@ def _places(mask: Tensor) -> Tensor:
     return mask.nonzero().squeeze(1)
 
 
-def _cached(cache: Any, layer: int) -> int:
+def _cached(kwargs: dict[str, Any], layer: int) -> int:
     """Tokens of `layer` in the cache: 0 while the prompt is read, and where there is no cache."""
+    cache = kv_cache(kwargs)
     return cache.get_seq_length(layer) if cache is not None else 0
 
 

@@ -63,3 +63,16 @@ def cut(text: str, until: Sequence[str]) -> str:
         if stop:
             text = text.split(stop, 1)[0]
     return text
+
+
+def kv_cache(of: Any) -> Any:
+    """The keys and values held by a call or an output of transformers' models; None where there are none.
+
+    Parameters
+    ----------
+    of: the keyword arguments of a model's or a layer's call, or the model's output (which is a mapping, too).
+
+    transformers 5.24 calls it `cache`, the releases before it `past_key_values`; this is the one place that knows.
+    """
+    # The new name first: newer outputs answer to the old one with a warning.
+    return of["cache"] if "cache" in of else of.get("past_key_values")

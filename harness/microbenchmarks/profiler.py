@@ -60,9 +60,9 @@ class KnownModel(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def forward(self, length: int) -> SimpleNamespace:
+    def forward(self, length: int) -> dict[str, Any]:
         self.work("prefill" if length > 1 else "decode")
-        return SimpleNamespace(past_key_values=None)
+        return {}
 
 
 class KnownBackbone(Backbone):

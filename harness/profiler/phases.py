@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from visionselector_eval.models.generation import kv_cache
 from visionselector_eval.models.steps import Step, observed
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class PhaseRecorder:
                 self._in_forward = False
                 self.switch("decode")
                 if cache:
-                    self.prompt_cache = cache_state(getattr(output, "past_key_values", None))
+                    self.prompt_cache = cache_state(kv_cache(output))
             self.forwards += 1
 
         def enter(name: Step) -> Any:

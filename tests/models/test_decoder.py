@@ -17,6 +17,7 @@ from visionselector_eval.baselines.registry import resolve_options
 from visionselector_eval.models import load_backbone
 from visionselector_eval.models.answering import Answerer, Request, Setting
 from visionselector_eval.models.dynamic_qwen import DynamicQwen, Predictor, load_predictor
+from visionselector_eval.models.generation import kv_cache
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
 from visionselector_eval.models.tiny import checkpoint
 
@@ -276,7 +277,7 @@ def test_cache_holds_each_layers_own_length(case, attention, request):
             return_dict_in_generate=True,
         )
     lengths = pruning.outcome().layer_lengths
-    assert [layer.get_seq_length() for layer in output.past_key_values.layers] == [n + 3 for n in lengths]
+    assert [layer.get_seq_length() for layer in kv_cache(output).layers] == [n + 3 for n in lengths]
     assert lengths == sorted(lengths, reverse=True)
     assert len(set(lengths)) == 4  # its stages
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from visionselector_eval.baselines import InputError, build
 from visionselector_eval.models.backbones.tower import received_attention
-from visionselector_eval.models.generation import cut, generation_arguments
+from visionselector_eval.models.generation import cut, generation_arguments, kv_cache
 from visionselector_eval.models.inputs import (
     MediaSettings,
     build_inputs,
@@ -232,3 +232,11 @@ def test_protocols_by_name():
         MediaSettings(**media_fields(name))
     with pytest.raises(InputError, match="did you mean 'lossless'"):
         media_fields("losless")
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_is_found_under_the_name_of_either_transformers(name: str):
+    held = object()
+    assert kv_cache({name: held, "use_cache": True}) is held
+    assert kv_cache({name: None}) is None
+    assert kv_cache({}) is None
