@@ -48,6 +48,7 @@ __all__ = [
     "Tokens",
     "VisualTokens",
     "as_compressor",
+    "check_schedule",
     "first_largest",
     "parse_budget",
     "rounded",
@@ -151,6 +152,7 @@ class Host:
     id: path or hub id of the backbone.
     width: D, the size of the LLM's embeddings.
     depth: layers of the LLM; 0 where it is not known.
+    traces: fields of `EncoderTrace` that the vision encoder can tell; "cls" where it has a CLS token.
     extra_weights: tensors of the checkpoint that the stock architecture has no place for, by their name in the file
         (a released VisionSelector checkpoint holds its scorer there).
     """
@@ -159,6 +161,7 @@ class Host:
     width: int
     extra_weights: Mapping[str, Tensor] = field(default_factory=dict)
     depth: int = 0
+    traces: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +214,14 @@ class Compressor(ABC):
     def upstream_count(self, n: int, ratio: float) -> int:
         """The published implementation's rounding; the default is the canonical one."""
         return Share(ratio).count(n)
+
+    def check_budget(self, budget: Budget) -> None:  # noqa: B027 - most methods take every budget
+        """Refuse, before any document is read, a budget that contradicts this method's options.
+
+        Raises
+        ------
+        InputError: for such a budget. Budget 1, the backbone itself, is always accepted.
+        """
 
     @abstractmethod
     def compress(self, tokens: VisualTokens, count: int) -> Selection:
@@ -315,9 +326,20 @@ def first_largest(values: Tensor, slack: Tensor | float | None = None) -> Tensor
 
 
 def rounded(similarities: Tensor) -> Tensor:
-    """Cosines to 20 binary digits (32 in float64), so that a sort sees equal tokens as equal (see `first_largest`)."""
-    scale = 2.0**32 if similarities.dtype == torch.float64 else 2.0**20
-    return similarities.mul(scale).round_().div_(scale)
+    """Cosines to 32 binary digits, so that a sort sees equal tokens as equal (see `first_largest`).
+
+    Parameters
+    ----------
+    similarities: float64, of rows that were made unit rows in float64 (`unit_rows(rows.double())`). In float32 a step
+        wide enough to hide the noise of a product, 2^-20, would also make equal what is not.
+
+    Raises
+    ------
+    ValueError: for another dtype.
+    """
+    if similarities.dtype != torch.float64:
+        raise ValueError(f"invalid dtype {similarities.dtype}: expected float64, from unit_rows(rows.double())")
+    return similarities.mul(2.0**32).round_().div_(2.0**32)
 
 
 class SimilarityRows:
@@ -550,6 +572,19 @@ class ScoreDecoder(DecoderCompressor):
             view.memory["scores", view.layer] = self.score(view)
         scores = view.memory["scores", view.layer][members]
         return Selection(kept=top_k(scores, count), scores=scores)
+
+
+def check_schedule(method: str, schedule: str) -> None:
+    """Refuse a `schedule` that is neither `geometric` nor `published`.
+
+    Raises
+    ------
+    InputError: for such a value.
+    """
+    if schedule not in ("geometric", "published"):
+        raise InputError(
+            f"invalid option schedule={schedule!r} of method '{method}': expected geometric (any budget) or published"
+        )
 
 
 def shrinking(n: int, final: int, ratio: float, stages: int) -> tuple[int, ...]:

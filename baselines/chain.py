@@ -97,6 +97,9 @@ class IntoDecoder(_Chain, DecoderCompressor):
     def scope(self) -> Any:
         return self.second.scope
 
+    def check_budget(self, budget: Budget) -> None:
+        self.second.check_budget(budget)
+
     @property
     def before(self) -> Compressor:
         return _First(part=self.first, split=self.split, whole=self)

@@ -9,6 +9,8 @@ from torch import LongTensor, Tensor
 
 from .base import DecoderCompressor, DecoderView, InputError, Selection, rounded, unit_rows, working_dtype
 
+_BLOCK = 1024  # states that are float64 at one time
+
 
 @dataclass(frozen=True, kw_only=True)
 class DART(DecoderCompressor):
@@ -18,15 +20,15 @@ class DART(DecoderCompressor):
     largest L1 norm. Each pivot in turn takes its share of the tokens still free with the lowest cosine of their
     final-normed states to its own; text pivots stay text. Source: DART, arXiv 2502.11494. Canonically visual
     pivots come first, then text pivots, each by falling norm, and the total is exactly K, earlier pivots taking one
-    token more where it does not divide; for K up to `image_pivots` the pivots are all that stays. Upstream visits
-    pivots in the order of a hash set, which is not reproduced, and keeps 4 + 8 * T tokens with T = max(1, int(r * N /
-    8)), as `upstream_exact` does.
+    token more where it does not divide; for K up to `image_pivots` the pivots are all that stays. `upstream_exact`
+    keeps 4 + 8 * T tokens with T = max(1, int(r * N / 8)), and visits the pivots as upstream does: in the order in
+    which CPython iterates over the set of their indices in the prompt.
     """
 
     name = "dart"
     needs = frozenset({"previous"})
     paper = "DART, arXiv 2502.11494"
-    deviations = "pivots by falling norm, not in hash order; exactly K"
+    deviations = "pivots by falling norm, not in the order of a set of indices; exactly K"
     cost = "time O(S D Dk + 8 N D), memory O(S (D + Dk))"
 
     layer: int = field(default=2, metadata={"help": "tokens are dropped at the input of this layer (0-based)"})
@@ -50,22 +52,34 @@ class DART(DecoderCompressor):
         if "dart" not in view.memory:  # one pass serves all scopes of a prompt
             keys = view.keys(view.layer - 1)
             norms = keys.to(working_dtype(keys)).abs().sum(1)
-            view.memory["dart"] = norms, unit_rows(view.final_norm(view.hidden))
+            view.memory["dart"] = norms, view.final_norm(view.hidden)
         norms, states = view.memory["dart"]
         places = view.visual[members]
         after = torch.arange(int(view.visual[-1]) + 1, len(states), device=places.device)
-        return Selection(kept=pick(norms, states, places, after, count, self.image_pivots, self.text_pivots))
+        kept = pick(
+            norms, states, places, after, count, self.image_pivots, self.text_pivots, set_order=self.upstream_exact
+        )
+        return Selection(kept=kept)
 
 
 def pick(
-    norms: Tensor, states: Tensor, image: Tensor, text: Tensor, count: int, image_pivots: int, text_pivots: int
+    norms: Tensor,
+    states: Tensor,
+    image: Tensor,
+    text: Tensor,
+    count: int,
+    image_pivots: int,
+    text_pivots: int,
+    *,
+    set_order: bool = False,
 ) -> LongTensor:
     """The `count` of N visual tokens that DART keeps.
 
     Parameters
     ----------
-    norms: (S,) L1 norms of the keys. states: (S, D) normed states as rows of length 1.
+    norms: (S,) L1 norms of the keys. states: (S, D) normed states; their cosines are float64.
     image: (N,) places of the visual tokens among the S, ascending; text: (T,) places of the text to take pivots from.
+    set_order: visit pivots in the order of `list(set(places))` instead of visual and then text ones by falling norm.
 
     Returns
     -------
@@ -73,9 +87,13 @@ def pick(
     """
     first = _largest(norms[image], min(image_pivots, count, len(image)))
     pivots = torch.cat([image[first], text[_largest(norms[text], min(text_pivots, len(text)))]])
+    if set_order:
+        # The hash of a small int is the int itself, so that CPython's order is the same in every process.
+        pivots = pivots.new_tensor(list(set(pivots.tolist())))
     taken = torch.zeros(len(image), dtype=torch.bool, device=image.device).index_fill_(0, first, True)
     share, rest = divmod(count - len(first), len(pivots))
-    likeness = rounded(states[image] @ states[pivots].T)  # (N, P)
+    towards = unit_rows(states[pivots].double()).T
+    likeness = torch.cat([rounded(unit_rows(states[rows].double()) @ towards) for rows in image.split(_BLOCK)])
     for number in range(len(pivots)):
         free = likeness[:, number].masked_fill(taken, torch.inf)
         picks = free.sort(stable=True).indices[: share + (number < rest)]

@@ -94,7 +94,7 @@ def _windows(values: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
 def _chosen(rows: Tensor, sizes: Tensor, surplus: int) -> Tensor:
     """(W, 4) bool: which members join their window's first so that exactly `surplus` tokens go."""
-    unit = unit_rows(rows.flatten(0, 1)).view_as(rows)
+    unit = unit_rows(rows.flatten(0, 1).double()).view_as(rows)
     there = sizes > 0
     members = there.sum(dim=1)
     # sum over pairs of u_i . u_j = (|sum u|^2 - sum |u_i|^2) / 2

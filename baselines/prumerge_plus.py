@@ -17,22 +17,27 @@ _BLOCK = 128  # rows of similarities that exist at one time
 class PruMergePlus(Compressor):
     """Keeps tokens of outstanding attention and evenly spaced ones, and adds to each those with the most similar keys.
 
-    With I outliers of the attention (above Q3 + 1.5 IQR): the I most attended, then the first of 0, g, 2g, ... with
-    g = N // K, then the most attended of the rest; each becomes x_i + sum a_j x_j over its 32 nearest. Source:
-    LLaVA-PruMerge, arXiv 2403.15388, in the form with a budget (the paper's own number of tokens depends on the
-    picture, and has one more for all that is dropped). Encoders with a CLS token give its attention and the keys of
-    their last block, heads not split, and tokens are merged before the projector, as in the paper; others the
-    attention received and the keys, heads side by side, and tokens are merged behind it. The published port fills up
-    at random where this goes by attention, and leaves features in the order of rank while positions are sorted: here
-    both are sorted. Attention received sums to 1 over the scope (the port's mean pooling leaves a quarter of that).
-    `upstream_exact` rounds K = max(1, int(r * N)) and I = max(1, int(N * rho)) over all of a prompt's images at once.
+    With I outliers of the attention (above Q3 + 1.5 IQR, at least 1): the I most attended, then K - I spaced over the
+    whole scope, floor((i + 0.5) * N / (K - I)), and where one of these is an outlier the nearest free token instead;
+    each becomes x_i + sum a_j x_j over its 32 nearest. Source: LLaVA-PruMerge, arXiv 2403.15388, in the form with a
+    budget (the paper's own number of tokens depends on the image, and has one more for all that is dropped). Encoders
+    with a CLS token give its attention and the keys of their last block, heads not split, and tokens are merged before
+    the projector, as in the paper; others the attention received and the keys, heads side by side, and tokens are
+    merged behind it. Attention received sums to 1 over the scope (the port's mean pooling leaves a quarter of that).
+    `upstream_exact` spaces as the published port does, the first of 0, g, 2g, ... with g = N // K (mostly in the upper
+    part of the image), and rounds K = max(1, int(r * N)) and I = max(1, int(N * rho)) over all of a prompt's images at
+    once; where the port fills up at random, this goes by attention. The port leaves features in the order of rank while
+    positions are sorted: here both are sorted.
     """
 
     name = "prumerge_plus"
     needs = frozenset({"cls_whole|cls|received", "keys_whole|keys_concat|keys", "patches"})
     renumbers = True
     paper = "LLaVA-PruMerge, arXiv 2403.15388"
-    deviations = "K tokens, as in the published port, without its misplaced features; fills up by attention"
+    deviations = (
+        "K tokens, as in the published port, without its misplaced features; spaced tokens cover the whole image, the "
+        "port's its upper part"
+    )
     cost = "time O(K N Dk + 32 K D), memory O(N (D + Dk))"
 
     neighbours: int = field(default=32, metadata={"help": "tokens with similar keys that are added to each kept one"})
@@ -66,7 +71,7 @@ class PruMergePlus(Compressor):
         rows = tokens.rows.to(working_dtype(tokens.rows))
         merged = rows[kept]
         if neighbours:
-            unit = unit_rows(keys)
+            unit = unit_rows(keys.double())
             for part, block in zip(merged.split(_BLOCK), kept.split(_BLOCK), strict=True):
                 near = _nearest(unit, block, neighbours)
                 part += embedding_bag(near, rows, per_sample_weights=attention[near].to(rows.dtype), mode="sum")
@@ -78,10 +83,13 @@ class PruMergePlus(Compressor):
         quarters = torch.tensor([0.25, 0.75], dtype=attention.dtype, device=attention.device)
         q1, q3 = attention.quantile(quarters)
         outliers = (attention > q3 + 1.5 * (q3 - q1)).sum()
-        if self.upstream_exact:
-            # Its arithmetic to the letter: int(49 * (1 / 49)) is 0 in binary.
-            outliers = (n * (outliers.double() / n)).floor().long()
         ranked = attention.sort(descending=True, stable=True).indices
+        if not self.upstream_exact:
+            most = ranked[: min(count, max(1, int(outliers)))].tolist()  # waits for the device once a scope
+            kept = ranked.new_tensor([*most, *_spaced(n, count - len(most), most)])
+            return kept.sort().values
+        # Its arithmetic to the letter: int(49 * (1 / 49)) is 0 in binary.
+        outliers = (n * (outliers.double() / n)).floor().long()
         index = torch.arange(n, device=attention.device)
         rank = torch.empty_like(index)
         rank[ranked] = index
@@ -90,6 +98,24 @@ class PruMergePlus(Compressor):
         # number of outliers stays on the device.
         turn = torch.where(rank < outliers.clamp(min=1), rank, torch.where(spaced, n + index, 2 * n + rank))
         return turn.argsort()[:count].sort().values
+
+
+def _spaced(n: int, count: int, taken: list[int]) -> list[int]:
+    """`count` of the indices below `n` that are not `taken`: floor((i + 0.5) * n / count), or the nearest free one.
+
+    Of two that are equally near, the lower.
+    """
+    ideal = [(2 * i + 1) * n // (2 * count) for i in range(count)]
+    used = set(taken)
+    blocked = [i for i in ideal if i in used]
+    chosen = [i for i in ideal if i not in used]
+    used.update(chosen)
+    for i in blocked:
+        near = (j for distance in range(1, n) for j in (i - distance, i + distance))
+        free = next(j for j in near if 0 <= j < n and j not in used)
+        used.add(free)
+        chosen.append(free)
+    return chosen
 
 
 def _nearest(unit: Tensor, block: Tensor, neighbours: int) -> Tensor:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import LongTensor, Tensor
 
-from .base import Budget, DecoderCompressor, DecoderView, Selection, Share, shrinking, working_dtype
+from .base import (
+    Budget,
+    DecoderCompressor,
+    DecoderView,
+    InputError,
+    Selection,
+    Share,
+    Tokens,
+    check_schedule,
+    shrinking,
+    working_dtype,
+)
 
+# The published lists: tokens that survive each stage, without the merged ones, for 576 tokens and 32 layers.
+_LISTS = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
+_N, _DEPTH = 576, 32
 _CHUNK = 1 << 22  # weights or distances held at once (float32: 16 MiB)
 
 
@@ -21,20 +35,57 @@ class SparseVLM(DecoderCompressor):
     visual tokens. Of those that go, the better 30 % are merged by density peaks into about a tenth as many tokens.
     Source: SparseVLM, arXiv 2410.04417 (v1.5). Canonically the tokens left are r^(1/3), r^(2/3) and r of all,
     merged ones included (at most half of them), without upstream's random noise; a merged token stands at its
-    centre's place and keeps its position. Upstream has fixed lists for four budgets at 576 tokens, puts merged tokens
-    behind the others and numbers positions anew; `upstream_exact` ranks all images together, with int(N * ratio)
-    tokens and the merged ones on top.
+    centre's place and keeps its position. Upstream puts merged tokens behind the others and numbers positions anew.
+    `upstream_exact` takes raters from all text behind the last visual token, what bids the model to answer included,
+    ranks all images together, with int(N * ratio) tokens and the merged ones, however many, on top.
+
+    `schedule="published"` takes the published lists, which exist for 576 tokens an image and 32 layers (LLaVA-1.5-7B)
+    and are called by the budgets 192tok, 128tok, 96tok and 64tok; anything else is refused. None of these is the number
+    of tokens left, which tables show as kept: with the merged ones 309, 204 and 113 are left after the three stages at
+    192tok (a mean of 206 over the layers), 312, 117 and 39 at 128tok (145), 249, 55 and 27 at 96tok (114), 82, 32 and
+    18 at 64tok (82).
     """
 
     name = "sparsevlm"
     needs = frozenset({"previous"})
     paper = "SparseVLM, arXiv 2410.04417"
     deviations = (
-        "any budget instead of four lists; merged tokens count, and keep their places and positions; no random noise"
+        "any budget beside the four lists (option `schedule`); raters from the question alone, not from all text "
+        "behind the image; merged tokens count, are at most half, and keep their places and positions; no random noise"
     )
     cost = "time O(N T D) once, at each of 3 stages O(S D Dk + T S H d + N^2 D), memory O(S Dk + N D)"
 
+    schedule: str = field(
+        default="geometric",
+        metadata={
+            "help": "geometric: r^(1/3), r^(2/3), r for any budget; published: the lists called 192tok, 128tok, 96tok "
+            "and 64tok, for 576 tokens and 32 layers"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_schedule(self.name, self.schedule)
+
+    def check_budget(self, budget: Budget) -> None:
+        if self.schedule == "published" and budget != Share(1.0):
+            self._published(budget)
+
+    def _published(self, budget: Budget) -> tuple[int, ...]:
+        """The published list that `budget` names: survivors of each stage."""
+        if not isinstance(budget, Tokens) or budget.number not in _LISTS:
+            *names, last = (f"{number}tok" for number in _LISTS)
+            raise InputError(
+                f"budget {budget} contradicts schedule=published of method 'sparsevlm', whose lists are called "
+                f"{', '.join(names)} and {last}: give one of these, or leave schedule out"
+            )
+        return _LISTS[budget.number]
+
     def layers(self, depth: int) -> tuple[int, ...]:
+        if self.schedule == "published" and depth != _DEPTH:
+            raise InputError(
+                f"schedule=published of method 'sparsevlm' is for an LLM of {_DEPTH} layers, but this one has "
+                f"{depth}: leave schedule out"
+            )
         layers: list[int] = []
         for layer in (3, 7, 16):  # tokens go at the input of the layer after the one that ranks them
             layers.append(max(layers[-1] + 1 if layers else 1, round(layer * depth / 32)))
@@ -43,11 +94,25 @@ class SparseVLM(DecoderCompressor):
     def upstream_count(self, n: int, ratio: float) -> int:
         return int(n * ratio)
 
+    def count(self, n: int, budget: Budget) -> int:
+        if self.schedule == "published" and budget != Share(1.0):
+            return self.counts(n, budget, _DEPTH, 0)[-1]
+        return super().count(n, budget)
+
     def counts(self, n: int, budget: Budget, depth: int, total: int) -> tuple[int, ...]:
-        final = self.count(n, budget)
-        steps = shrinking(n, final, budget.ratio if isinstance(budget, Share) else final / n, 3)
-        if not (self.upstream_exact and isinstance(budget, Share)):
-            return steps
+        if self.schedule == "published" and budget != Share(1.0):
+            if n != _N:
+                scope = "all images of a prompt together" if self.upstream_exact else "an image or video"
+                raise InputError(
+                    f"schedule=published of method 'sparsevlm' is for {_N} visual tokens, but {scope} has "
+                    f"{n}: leave schedule out"
+                )
+            steps = self._published(budget)
+        else:
+            final = self.count(n, budget)
+            steps = shrinking(n, final, budget.ratio if isinstance(budget, Share) else final / n, 3)
+            if not (self.upstream_exact and isinstance(budget, Share)):
+                return steps
         left, counts = n, []
         for step in steps:
             survivors = min(step, left - 1) if left > 1 else left
@@ -56,21 +121,23 @@ class SparseVLM(DecoderCompressor):
         return tuple(counts)
 
     def keep(self, view: DecoderView, members: LongTensor, count: int) -> Selection:
+        words, text = self._words(view)
         if "raters" not in view.memory:
-            text = view.embeds[view.first_text]
-            view.memory["raters"] = raters(view.embeds[view.first_visual], text) if len(text) else None
+            view.memory["raters"] = raters(view.embeds[view.first_visual], words) if len(words) else None
         if ("relation", view.layer) not in view.memory:
             chosen = view.memory["raters"]
-            queries = view.text[chosen] if chosen is not None else view.visual.new_tensor([len(view.hidden) - 1])
+            queries = text[chosen] if chosen is not None else view.visual.new_tensor([len(view.hidden) - 1])
             view.memory["relation", view.layer] = view.received(view.layer - 1, queries)[view.visual]
         relation = view.memory["relation", view.layer][members]
         states = view.hidden[view.visual[members]]
         size = len(members)
 
-        # Merged tokens are part of the count: the fewer survive, the more go, and the more are merged.
-        clusters, wanted = 0, min(1, count // 2)
+        # Merged tokens are part of the count: the fewer survive, the more go, and the more are merged. Where two
+        # numbers of survivors add up to the same count, it is the larger; of the published lists none is such a case.
+        most = count - 1 if self.upstream_exact else count // 2
+        clusters, wanted = 0, min(1, most)
         while wanted > clusters:
-            clusters, wanted = wanted, min(merged_into(size - count + wanted), count // 2)
+            clusters, wanted = wanted, min(merged_into(size - count + wanted), most)
         order = relation.sort(descending=True, stable=True).indices
         survivors = order[: count - clusters]
         if not clusters:
@@ -81,6 +148,14 @@ class SparseVLM(DecoderCompressor):
         features = torch.cat([states[survivors], merged.to(states.dtype)])
         place = kept.sort()
         return Selection(kept=place.values, features=features[place.indices], scores=relation)  # type: ignore[arg-type]
+
+    def _words(self, view: DecoderView) -> tuple[Tensor, Tensor]:
+        """Text that may be raters: (T, D) input embeddings and (T,) places among the tokens still there."""
+        if not self.upstream_exact:
+            return view.embeds[view.first_text], view.text
+        words = view.embeds[int(view.first_visual[-1]) + 1 :]
+        size = len(view.hidden)  # text is never dropped: it still ends the prompt
+        return words, torch.arange(size - len(words), size, device=words.device)
 
 
 def recycled_of(dropped: int) -> int:

@@ -79,7 +79,7 @@ class ToMe(Compressor):
 
 def _most_similar(metric: Tensor) -> tuple[Tensor, Tensor]:
     """For each even row the number of its most similar odd row (the first of equals), and that cosine."""
-    unit = unit_rows(metric)
+    unit = unit_rows(metric.double())
     odd = unit[1::2].T
     best, closest = [], []
     for rows in unit[::2].split(_BLOCK):

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from .base import Compressor, InputError, Selection, VisualTokens, top_k, traced, working_dtype
+from .base import Compressor, Host, InputError, Selection, Share, VisualTokens, top_k, traced, unit_rows, working_dtype
+
+_OF_ALL = 0.05  # contextual share of all tokens without a CLS token, as in the authors' port
+_OF_KEPT = 10 / 64  # and of the kept ones with it: 64 = 54 + 10, 128 = 108 + 20, 192 = 162 + 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionZip(Compressor):
     """Keeps the most attended tokens and merges the others into a few contextual tokens.
 
-    Of K kept tokens C are contextual, C = min(max(1, floor(contextual * N)), K // 2), and D = K - C dominant:
-    exactly K in all, for every budget. Source: VisionZip, arXiv 2412.04467. Encoders with a CLS token rank by its
-    attention and merge before the projector, as in the paper (the CLS token itself, which the LLM never sees
-    otherwise, is not kept); others rank by the attention received and merge behind it, as in the authors' port.
-    `upstream_exact` keeps D = int((r - contextual) * N) and C = max(1, int(contextual * N)) (often fewer than
-    r * N; D = 0 for small r) over all of a prompt's images at once. Attention never crosses images here;
+    Of K kept tokens C are contextual and D = K - C dominant: exactly K in all, for every budget. Source: VisionZip,
+    arXiv 2412.04467. Encoders with a CLS token rank by its attention and merge before the projector, as in the paper
+    (the CLS token itself, which the LLM never sees otherwise, is not kept), with C = round(K * 10 / 64): 54 + 10,
+    108 + 20 and 162 + 30 tokens at 64, 128 and 192. Others rank by the attention received and merge behind it, as in
+    the authors' port, with C = floor(0.05 * N). C is at least 1, and canonically at most K // 2. A given `contextual`
+    replaces the 0.05, for both kinds of encoders. `upstream_exact` chooses among all of a prompt's images at once; with
+    a CLS token K and C stay the same (its budgets are absolute there), without one D = int((r - 0.05) * N) and
+    C = max(1, int(0.05 * N)) (often fewer than r * N; D = 0 for small r). Attention never crosses images here;
     upstream's does.
     """
 
@@ -29,30 +34,53 @@ class VisionZip(Compressor):
     needs = frozenset({"cls|received", "keys", "patches"})
     renumbers = True
     paper = "VisionZip, arXiv 2412.04467"
-    deviations = "exactly K in all; the CLS token is not kept; without one, attention received in the encoder counts"
+    deviations = (
+        "exactly K in all; the CLS token is not kept (a patch takes its place); without one, attention received in the "
+        "encoder counts"
+    )
     cost = "time O(N C Dk + N D) with C contextual tokens, memory O(N (C + D))"
 
-    contextual: float = field(
-        default=0.05,
-        metadata={"help": "share of all tokens that becomes contextual (merged) ones; 0 keeps a single one"},
+    contextual: float | None = field(
+        default=None,
+        metadata={
+            "help": "share of all tokens that becomes contextual (merged) ones; 0 keeps a single one; default: 10/64 "
+            "of the kept tokens where the encoder has a CLS token, else 0.05 of all"
+        },
     )
 
+    _has_cls: ClassVar[bool] = False  # of the backbone that it is bound to
+
     def __post_init__(self) -> None:
-        if not 0 <= self.contextual < 1:  # also refuses nan
+        value = self.contextual
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1  # also refuses nan
+        ):
             raise InputError(
-                f"option contextual={self.contextual!r} of method 'visionzip' is not usable: give a share of "
-                "all visual tokens, 0 <= contextual < 1, for example contextual=0.05"
+                f"invalid option contextual={value!r} of method 'visionzip': expected a share of all visual tokens, "
+                "0 <= contextual < 1, for example contextual=0.05"
             )
 
-    def upstream_count(self, n: int, ratio: float) -> int:
-        # Upstream's own arithmetic to the letter: int((0.15 - 0.05) * 40) is 3 in binary.
-        return max(0, int((ratio - self.contextual) * n)) + max(1, int(self.contextual * n))
+    def bind(self, host: Host) -> Compressor:
+        bound = replace(self)
+        vars(bound)["_has_cls"] = "cls" in host.traces  # no field, since it is no option
+        return bound
 
-    def _contextual_count(self, n: int, count: int) -> int:
-        if self.upstream_exact:
-            return min(count, max(1, int(self.contextual * n)))
-        # The slack is that of `Share.count`: 0.29 * 100 is 28.999999999999996 in binary.
-        return min(max(1, math.floor(self.contextual * n + 1e-9)), count // 2)
+    def upstream_count(self, n: int, ratio: float) -> int:
+        if self._has_cls and self.contextual is None:
+            return Share(ratio).count(n)
+        # Upstream's own arithmetic to the letter: int((0.15 - 0.05) * 40) is 3 in binary.
+        share = _OF_ALL if self.contextual is None else self.contextual
+        return max(0, int((ratio - share) * n)) + max(1, int(share * n))
+
+    def _contextual_count(self, n: int, count: int, has_cls: bool) -> int:
+        share = _OF_ALL if self.contextual is None else self.contextual
+        if has_cls and self.contextual is None:
+            wanted = round(count * _OF_KEPT)  # half to even
+        elif self.upstream_exact:
+            wanted = int(share * n)
+        else:
+            wanted = math.floor(share * n + 1e-9)  # the slack is that of `Share.count`
+        return min(max(1, wanted), count if self.upstream_exact else count // 2)
 
     def compress(self, tokens: VisualTokens, count: int) -> Selection:
         """Keep `count` of N tokens, the contextual ones at their targets' places.
@@ -69,7 +97,8 @@ class VisionZip(Compressor):
         """
         features, n = tokens.features, tokens.features.shape[0]
         attention, keys = traced(tokens, self.name, "cls|received", "keys")
-        contextual = self._contextual_count(n, count)
+        has_cls = tokens.trace is not None and tokens.trace.cls is not None
+        contextual = self._contextual_count(n, count, has_cls)
         dominant = top_k(attention, count - contextual)
         if contextual == 0:  # count is 1: nothing to merge into
             return Selection(kept=dominant, scores=attention)
@@ -97,7 +126,7 @@ def _merge(features: Tensor, keys: Tensor, targets: Tensor, joining: Tensor) -> 
     Among equal keys, up to rounding, the first target wins. The target is not in the mean, so its norm about
     doubles; that is the published method. A target that nothing joins stays as it is.
     """
-    unit = normalize(keys.to(working_dtype(keys)), dim=-1, eps=1e-12)
+    unit = unit_rows(keys.double())
     similarity = unit[joining] @ unit[targets].T
     slack = 8 * torch.finfo(similarity.dtype).eps  # equal keys differ by rounding, see divprune
     owner = (similarity >= similarity.amax(dim=1, keepdim=True) - slack).to(torch.uint8).argmax(dim=1)

@@ -21,9 +21,9 @@ class VisPruner(Compressor):
     `important` of the K tokens go by attention. The others are, round after round, split into those at even and at odd
     places; the even ones most like an odd one leave. Source: VisPruner, arXiv 2412.01818. Attention is the CLS token's,
     and tokens are compared before the projector, where the encoder has a CLS token; else attention is what the
-    encoder's tokens receive, and they are compared as the LLM sees them. Odd and short lists, which break upstream,
-    work. `upstream_exact` rounds K = round(r * N) over all of a prompt's
-    images at once.
+    encoder's tokens receive, and they are compared as the LLM sees them. Similarities are float64: a single swap shifts
+    which tokens are at even places in all later rounds. Odd and short lists, which break upstream, work.
+    `upstream_exact` rounds K = round(r * N) over all of a prompt's images at once.
     """
 
     name = "vispruner"
@@ -68,9 +68,10 @@ def diverse(features: Tensor, count: int) -> LongTensor:
 
     Parameters
     ----------
-    features: (R, D), in the order in which the first round splits them. count: 1 <= count <= R.
+    features: (R, D), in the order in which the first round splits them; compared in float64 whatever their dtype.
+    count: 1 <= count <= R.
     """
-    unit = unit_rows(features)
+    unit = unit_rows(features.double())
     total = unit.shape[0]
     left = torch.arange(total, device=unit.device)
     if total <= count:

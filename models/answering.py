@@ -49,11 +49,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Setting:
-    """A compressor at a budget. `seed`, document and repetition choose a sampled answer; greedy ones need none."""
+    """A compressor at a budget. `seed`, document and repetition choose a sampled answer; greedy ones need none.
+
+    Raises
+    ------
+    InputError: a budget that contradicts the compressor's options.
+    """
 
     compressor: Compressor
     budget: Budget
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.compressor.check_budget(self.budget)
 
 
 @dataclass(frozen=True)

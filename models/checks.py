@@ -116,9 +116,10 @@ class _Subject:
         return counts
 
     def _left(self, n: int, share: Any, length: int) -> int:
-        if isinstance(self.method, DecoderCompressor):
-            return self.method.counts(n, share, self.backbone.depth, length)[-1]
-        return self.method.count(n, share)
+        method = self.backbone.bind(self.method)  # how it counts may depend on the backbone
+        if isinstance(method, DecoderCompressor):
+            return method.counts(n, share, self.backbone.depth, length)[-1]
+        return method.count(n, share)
 
 
 def _full_budget(subject: _Subject) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 
 import torch
@@ -140,10 +141,10 @@ def naive_vispruner(features: Tensor, attention: Tensor, count: int, important: 
     ranked = _ranked(attention)
     kept = ranked[: int(count * important)]
     left = torch.tensor(ranked[len(kept) :], device=features.device)
-    unit = _unit(features)
+    unit = _unit(features.double())
     while len(left) > count - len(kept):
         even, odd = left[::2], left[1::2]
-        alike = rounded(unit[even] @ unit[odd].T).amax(dim=1) if len(odd) else features.new_zeros(len(even))
+        alike = rounded(unit[even] @ unit[odd].T).amax(dim=1) if len(odd) else unit.new_zeros(len(even))
         order = alike.sort(descending=True, stable=True).indices
         dropped = min(8, len(left) - (count - len(kept)), len(even))
         left = torch.cat([even[order[dropped:]], odd])
@@ -151,7 +152,7 @@ def naive_vispruner(features: Tensor, attention: Tensor, count: int, important: 
 
 
 def naive_prumerge(
-    features: Tensor, keys: Tensor, attention: Tensor, count: int, neighbours: int = 32
+    features: Tensor, keys: Tensor, attention: Tensor, count: int, neighbours: int = 32, upstream_exact: bool = False
 ) -> tuple[list[int], Tensor]:
     """What PruMerge+ keeps, ascending, and its rows, each from a copy of all other tokens (arXiv 2403.15388)."""
     n = len(features)
@@ -160,10 +161,18 @@ def naive_prumerge(
     outliers = max(1, int((attention > q3 + 1.5 * (q3 - q1)).sum()))
     ranked = _ranked(attention)
     kept = ranked[: min(count, outliers)]
-    spaced = [i for i in range(0, n, max(1, n // count)) if i not in kept]
-    kept += spaced[: count - len(kept)]
-    kept += [i for i in ranked if i not in kept][: count - len(kept)]
-    unit = _unit(keys)
+    if upstream_exact:
+        spaced = [i for i in range(0, n, max(1, n // count)) if i not in kept]
+        kept += spaced[: count - len(kept)]
+        kept += [i for i in ranked if i not in kept][: count - len(kept)]
+    else:
+        each = count - len(kept)
+        spaced = [math.floor(Fraction(2 * i + 1, 2) * Fraction(n, each)) for i in range(each)]
+        blocked = [i for i in spaced if i in kept]
+        kept += [i for i in spaced if i not in kept]
+        for i in blocked:
+            kept.append(min((j for j in range(n) if j not in kept), key=lambda j: (abs(j - i), j)))
+    unit = _unit(keys.double())
     rows = []
     for i in sorted(kept):
         others = torch.cat([torch.arange(i, device=keys.device), torch.arange(i + 1, n, device=keys.device)])
@@ -211,7 +220,7 @@ def naive_tome(features: Tensor, metric: Tensor | None, count: int) -> tuple[lis
     metric = x.clone() if metric is None else metric.clone()
     while len(place) > count:
         n = len(place)
-        unit = _unit(metric)
+        unit = _unit(metric.double())
         cosine = rounded(unit[::2] @ unit[1::2].T)
         edges = _ranked(cosine.amax(dim=1))[: min(n - count, n // 2)]
         groups: dict[int, list[int]] = {}
@@ -247,7 +256,7 @@ def naive_fusion2x2(
         if len(windows) < count:
 
             def alike(window: list[int]) -> float:
-                unit = _unit(torch.stack([x[i] for i in window]))
+                unit = _unit(torch.stack([x[i] for i in window]).double())
                 pairs = len(window) * (len(window) - 1)
                 return float(rounded((unit.sum(0).square().sum() - unit.square().sum()) / pairs)) if pairs else -2.0
 
@@ -255,7 +264,7 @@ def naive_fusion2x2(
         for window in windows:
             members = window
             if len(members) - 1 > surplus:
-                unit = _unit(torch.stack([x[i] for i in members]))
+                unit = _unit(torch.stack([x[i] for i in members]).double())
                 cosine = rounded((unit[1:] * unit[0]).sum(dim=1))
                 members = [members[0], *sorted(members[1 + i] for i in _ranked(cosine)[:surplus])]
             if len(members) > 1:

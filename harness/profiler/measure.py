@@ -296,7 +296,9 @@ def bind_cells(
     for cell in cells:
         try:
             method = backbone.bind(build(cell.method, **cell.options))
-            bound.append(Bound(cell, method, parse_budget(cell.budget)))
+            budget = parse_budget(cell.budget)
+            method.check_budget(budget)
+            bound.append(Bound(cell, method, budget))
         except InputError as error:
             failed[cell.digest] = (cell, str(error))
     return bound, failed

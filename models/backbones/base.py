@@ -114,7 +114,7 @@ class Backbone(ABC):
         self.processor = processor
         self.id = id
         self.revision = revision
-        self.host = Host(id=id, width=self.width, extra_weights=extra_weights, depth=self.depth)
+        self.host = Host(id=id, width=self.width, extra_weights=extra_weights, depth=self.depth, traces=self.traces)
         self._bound: dict[Compressor, Compressor] = {}
 
     @classmethod
@@ -296,6 +296,7 @@ class Backbone(ABC):
         """The prompt after compression, ready for the LLM. Parameters as in `prefill`."""
         inputs = self.to_device(inputs)
         method, share = self.bind(compressor), parse_budget(budget)
+        method.check_budget(share)
         if keys is None:
             mask = inputs["attention_mask"].bool()
             keys = [prompt_key(row[m]) for row, m in zip(inputs["input_ids"], mask, strict=True)]

@@ -95,8 +95,8 @@ def test_holov():
 
 
 def test_prumerge_plus():
-    """rho = 0, so that one token goes by attention; by rank the rows are 7, 0, 2, 4, 6, 8."""
-    selection = build("prumerge_plus", neighbours=4).compress(TOKENS, 6)
+    """The port's rule. rho = 0, so that one token goes by attention; by rank the rows are 7, 0, 2, 4, 6, 8."""
+    selection = build("prumerge_plus", upstream_exact=True, neighbours=4).compress(TOKENS, 6)
     assert selection.kept.tolist() == [0, 2, 4, 6, 7, 8]
     assert selection.features is not None
     assert printed(selection.features[:, 0]) == [0.221408, 0.935199, 0.908904, 0.600802, 0.343363, -0.257836]

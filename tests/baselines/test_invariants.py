@@ -29,8 +29,9 @@ from visionselector_eval.baselines import (
     registry,
     top_k,
 )
-from visionselector_eval.baselines.base import unit_rows
+from visionselector_eval.baselines.base import Host, rounded, unit_rows
 from visionselector_eval.baselines.divprune import pick_order
+from visionselector_eval.baselines.vispruner import diverse
 from visionselector_eval.harness.microbenchmarks.compressors import Allocations
 from visionselector_eval.harness.microbenchmarks.naive import (
     naive_cdpruner,
@@ -186,7 +187,9 @@ def test_equal_attention_gives_the_lowest_indices():
     )
     # Dominant 0..4; of the rest 5..19 one target, its first.
     assert build("visionzip").compress(tokens, 6).kept.tolist() == [0, 1, 2, 3, 4, 5]
-    assert build("prumerge_plus").compress(tokens, 6).kept.tolist() == [0, 3, 6, 9, 12, 15]
+    # One by attention, 0, and five over all 20; the port's rule: 0, 3, 6, ...
+    assert build("prumerge_plus").compress(tokens, 6).kept.tolist() == [0, 2, 6, 10, 14, 18]
+    assert build("prumerge_plus", upstream_exact=True).compress(tokens, 6).kept.tolist() == [0, 3, 6, 9, 12, 15]
     assert build("holov", crops=3).compress(tokens, 6).kept.tolist() == [0, 1, 7, 8, 14, 15]
     same = VisualTokens(features=torch.ones(20, 4), grid=(1, 4, 5), trace=tokens.trace)
     assert build("id_selection").compress(same, 6).kept.tolist() == [0, 1, 2, 3, 4, 5]
@@ -233,7 +236,7 @@ def test_scale_changes_nothing_for_cosines(name, factor):
     scaled = VisualTokens(
         features=tokens.features * factor,
         grid=tokens.grid,
-        trace=EncoderTrace(received=tokens.trace.received, keys=tokens.trace.keys * factor),
+        trace=EncoderTrace(received=tokens.trace.received, cls=tokens.trace.cls, keys=tokens.trace.keys * factor),
         text=None if tokens.text is None else tokens.text * factor,
     )
     tokens = replace(tokens, trace=replace(tokens.trace, keys_concat=None))
@@ -241,6 +244,13 @@ def test_scale_changes_nothing_for_cosines(name, factor):
     assert ours.kept.tolist() == theirs.kept.tolist()
     if ours.features is not None:
         torch.testing.assert_close(ours.features * factor, theirs.features)
+
+
+def test_similarities_are_rounded_in_double_precision_alone():
+    with pytest.raises(ValueError, match="expected float64"):
+        rounded(torch.ones(2))
+    near = torch.tensor([0.5, 0.5 + 1e-9, 0.5 + 1e-12], dtype=torch.float64)
+    assert rounded(near).unique().numel() == 2
 
 
 def test_random_depends_on_document_and_seed_alone():
@@ -282,6 +292,48 @@ def test_visionzip_merges_every_dropped_token_once(n, count, upstream_exact):
     dropped = [i for i in range(n) if i not in kept]
     assert (seen[dropped] == 1).all()
     assert seen.sum() == len(dropped)
+
+
+@pytest.mark.parametrize("upstream_exact", RULES)
+def test_visionzip_merges_10_of_64_kept_tokens_with_a_cls_token_and_5_percent_of_all_without(upstream_exact):
+    n = 576
+    compressor = build("visionzip", upstream_exact=upstream_exact)
+    for kept, of_kept in ((64, 10), (128, 20), (192, 30)):
+        for trace, contextual in (("cls", of_kept), ("received", 28)):
+            # Equal keys: all that is dropped joins the first target, and the others stand as they are.
+            tokens = VisualTokens(
+                features=torch.eye(n),
+                grid=(1, 24, 24),
+                trace=EncoderTrace(keys=torch.ones(n, 3), **{trace: torch.arange(n).float()}),
+            )
+            chosen = compressor.compress(tokens, kept).kept
+            dominant = kept - contextual
+            assert chosen[contextual:].tolist() == list(range(n - dominant, n))
+            targets = [i * ((n - dominant) // contextual) for i in range(contextual)]
+            assert chosen[:contextual].tolist() == targets
+
+
+def test_visionzip_counts_as_published_for_the_backbones_encoder():
+    on_clip, on_qwen = Host("clip", 8, traces=frozenset({"cls", "keys"})), Host("qwen", 8, traces=frozenset({"keys"}))
+    exact = build("visionzip", upstream_exact=True)
+    # With a CLS token published budgets are counts; a share then is rounded as everywhere.
+    assert exact.bind(on_clip).count(576, Share(0.2)) == 115
+    assert exact.bind(on_qwen).count(576, Share(0.2)) == exact.count(576, Share(0.2)) == 114
+    assert exact.bind(on_clip).bind(on_qwen).count(576, Share(0.2)) == 114
+    given_share = build("visionzip", upstream_exact=True, contextual=0.05)
+    assert given_share.bind(on_clip).count(576, Share(0.2)) == 114
+
+
+def test_visionzip_takes_a_given_contextual_share_with_a_cls_token_too():
+    tokens = some_tokens(100, features=torch.eye(100, dtype=torch.float64))
+    for contextual, merged in ((0.05, 5), (0.0, 1), (0.3, 10)):
+        selection = build("visionzip", contextual=contextual).compress(tokens, 20)
+        assert tokens.trace is not None
+        assert tokens.trace.cls is not None
+        dominant = set(top_k(tokens.trace.cls, 20 - merged).tolist())
+        assert len(dominant) == 20 - merged
+        assert dominant < set(selection.kept.tolist())
+        assert len(set(selection.kept.tolist()) - set(top_k(tokens.trace.cls, 21 - merged).tolist())) >= merged - 1
 
 
 def test_visionzip_keeps_one_token_without_merging():
@@ -408,11 +460,62 @@ def test_idpruner_without_likeness_is_visionselector():
     assert kept[0] == kept[1]
 
 
+def test_idpruner_begins_with_the_most_important_token_at_every_balance():
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    scores = torch.tensor([0.1, 0.9, 0.5])
+    for balance in (0.0, 0.2, 1.0):
+        assert idpruner.pick_order(features, scores, 1, balance).tolist() == [1]
+    # Without importance it is the farthest from the picked ones that follows.
+    assert idpruner.pick_order(features, scores, 3, 0.0).tolist() == [1, 0, 2]
+
+
 def test_holov_gives_a_full_crops_share_to_the_others():
     received = torch.full((16,), 0.01)
     received[4:8], received[14] = 1.0, 0.02
     tokens = VisualTokens(features=torch.zeros(16, 3), grid=(1, 4, 4), trace=EncoderTrace(received=received))
     assert build("holov", crops=4).compress(tokens, 6).kept.tolist() == [0, 4, 5, 6, 7, 14]
+
+
+def outstanding(n: int, outliers: list[int]) -> VisualTokens:
+    attention = torch.linspace(1.0, 1.01, n, dtype=torch.float64)
+    attention[outliers] = 5.0
+    keys = torch.randn(n, 5, generator=torch.Generator().manual_seed(0))
+    trace = EncoderTrace(received=attention, keys=keys)
+    return VisualTokens(features=torch.eye(n, dtype=torch.float64), grid=(1, 1, n), trace=trace)
+
+
+@pytest.mark.parametrize(
+    ("n", "outliers", "count", "spaced"),
+    [
+        (24, [5, 17], 6, [3, 9, 15, 21]),
+        (24, [9, 17], 6, [3, 8, 15, 21]),  # 8 and 10 are equally near: the lower
+        (24, [8, 9], 6, [3, 10, 15, 21]),
+        (24, [0, 9, 10, 8], 8, [3, 7, 15, 21]),
+        (24, [3, 9, 15, 21], 8, [2, 8, 14, 20]),
+        (10, [0, 1], 3, [5]),
+        (10, [0, 5], 3, [4]),
+        (12, [0, 1], 12, list(range(2, 12))),
+    ],
+)
+def test_prumerge_spaces_tokens_over_the_whole_image(n, outliers, count, spaced):
+    kept = build("prumerge_plus").compress(outstanding(n, outliers), count).kept.tolist()
+    assert kept == sorted([*outliers, *spaced])
+
+
+def test_prumerge_reaches_every_part_of_the_image_where_the_port_stays_at_the_top():
+    outliers = list(range(300, 350))
+    tokens = outstanding(576, outliers)
+    ours, ports = (
+        [
+            i // 24
+            for i in build("prumerge_plus", upstream_exact=exact).compress(tokens, 57).kept.tolist()
+            if i not in outliers
+        ]
+        for exact in RULES
+    )
+    assert len(ours) == len(ports) == 7
+    assert ours == [math.floor((i + 0.5) * 576 / 7) // 24 for i in range(7)]
+    assert max(ports) <= 3
 
 
 def test_holov_variance_changes_nothing():
@@ -505,6 +608,54 @@ def test_vispruner_equals_the_form_that_compares_all_in_every_round(features, sh
     assert kept == naive_vispruner(features, received, count, important)
 
 
+def test_vispruner_tells_similarities_apart_that_float32_takes_for_equal():
+    rows = torch.tensor([[0.5, 0.8660254, 0, 0], [1, 0, 0, 0], [0.5000004, 0, 0.8660252, 0], [0, 0, 0, 1]])
+    for dtype in (torch.float32, torch.float64):
+        assert sorted(diverse(rows.to(dtype), 3).tolist()) == [0, 1, 3]
+
+
+def smooth_tokens(seed: int) -> VisualTokens:
+    """24 x 24 tokens as of a picture: neighbours are alike, all have a common part, and copies are rare."""
+    generator = torch.Generator().manual_seed(seed)
+    fields = torch.nn.functional.interpolate(
+        torch.randn(1, 16, 6, 6, generator=generator), size=(24, 24), mode="bicubic"
+    )
+    smooth = fields[0].flatten(1).T
+
+    def rows(width: int) -> Tensor:
+        own = 0.5 * torch.randn(576, width, generator=generator) + torch.randn(1, width, generator=generator)
+        return 0.3 * smooth @ torch.randn(16, width, generator=generator) + own
+
+    features, keys = rows(256), rows(64)
+    attention = torch.softmax(torch.randn(576, generator=generator), dim=0)
+    trace = EncoderTrace(received=attention, keys=keys, keys_concat=keys)
+    return VisualTokens(features=features, grid=(1, 24, 24), trace=trace, text=features[:4], key="k")
+
+
+@pytest.mark.parametrize("name", [name for name in COSINE if name != "divprune"] + ["divprune", "idpruner"])
+def test_single_precision_keeps_what_double_precision_keeps(name):
+    """No similarity is rounded so far that different ones become equal: ties then go to the lower index."""
+    for seed in range(4):
+        tokens = smooth_tokens(seed)
+        trace = tokens.trace
+        assert trace is not None
+        double = replace(
+            tokens,
+            features=tokens.features.double(),
+            text=None if tokens.text is None else tokens.text.double(),
+            trace=EncoderTrace(**{k: None if v is None else v.double() for k, v in vars(trace).items()}),
+        )
+        for count in (64, 192):
+            if name == "idpruner":
+                assert trace.received is not None
+                kept = [
+                    sorted(idpruner.pick_order(t.features, trace.received, count).tolist()) for t in (tokens, double)
+                ]
+            else:
+                kept = [build(name).compress(t, count).kept.tolist() for t in (tokens, double)]
+            assert kept[0] == kept[1]
+
+
 def test_vispruner_finds_similar_tokens_beyond_its_lists():
     # 30 groups of 30 near copies: a list of 64 holds little else, and soon nothing that is left.
     generator = torch.Generator().manual_seed(0)
@@ -517,14 +668,21 @@ def test_vispruner_finds_similar_tokens_beyond_its_lists():
 
 
 @few
-@given(features=awkward_rows(2), keys=awkward_rows(300, 300), share=st.floats(0.01, 1), neighbours=st.integers(1, 40))
-def test_prumerge_equals_the_form_that_goes_token_by_token(features, keys, share, neighbours):
+@given(
+    features=awkward_rows(2),
+    keys=awkward_rows(300, 300),
+    share=st.floats(0.01, 1),
+    neighbours=st.integers(1, 40),
+    upstream_exact=st.booleans(),
+)
+def test_prumerge_equals_the_form_that_goes_token_by_token(features, keys, share, neighbours, upstream_exact):
     n = features.shape[0]
     keys, received = keys[:n], features.abs().sum(dim=1) + 0.1
     count = max(1, int(share * n))
     tokens = VisualTokens(features=features, grid=(1, 1, n), trace=EncoderTrace(received=received, keys=keys))
-    selection = build("prumerge_plus", neighbours=neighbours).compress(tokens, count)
-    kept, rows = naive_prumerge(features, keys, received, count, neighbours)
+    compressor = build("prumerge_plus", neighbours=neighbours, upstream_exact=upstream_exact)
+    selection = compressor.compress(tokens, count)
+    kept, rows = naive_prumerge(features, keys, received, count, neighbours, upstream_exact)
     assert selection.kept.tolist() == kept
     torch.testing.assert_close(selection.features, rows)
 

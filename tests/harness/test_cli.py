@@ -250,6 +250,18 @@ MISTAKES = {
         "unknown option of method divprune 'upstram_exact': did you mean 'upstream_exact'",
     ),
     "option's value": (lambda t, m: ["sweep", "--methods", "divprune:upstream_exact=3"], "wrong type: give a bool"),
+    "schedule": (
+        lambda t, m: ["sweep", *SMALL, "--methods", "sparsevlm:schedule=publishd"],
+        "invalid option schedule='publishd' of method 'sparsevlm': expected geometric",
+    ),
+    "schedule of another depth": (
+        lambda t, m: ["sweep", *SMALL, "--methods", "sparsevlm:schedule=published"],
+        "is for an LLM of 32 layers, but this one has 6: leave schedule out",
+    ),
+    "schedule of another depth of ask": (
+        lambda t, m: ["ask", "?", "--method", "pyramiddrop:schedule=published", "--budget", "0.125"],
+        r"drops tokens at layers \(8, 16, 24\), but the LLM has 6 layers: leave schedule out",
+    ),
     "task": (lambda t, m: ["sweep", "--tasks", "tiny_pop"], "unknown task 'tiny_pop': did you mean 'tiny_pope'"),
     "suite": (lambda t, m: ["sweep", "--suite", "tinny"], "unknown suite 'tinny': did you mean 'tiny'"),
     **{

@@ -8,15 +8,18 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+import llava_checkpoint
 import pytest
 import torch
 from battery import PROMPTS, clip, picture, user
 from llava_checkpoint import save_llava
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig, LlamaConfig
 
-from visionselector_eval.baselines import EncoderTrace, InputError, VisualTokens, build
+from visionselector_eval.baselines import EncoderTrace, InputError, Share, Tokens, VisualTokens, build
 from visionselector_eval.models import load_backbone
+from visionselector_eval.models.answering import Answerer, Request, Setting
 from visionselector_eval.models.backbones.llava import VICUNA_TEMPLATE
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
 
@@ -117,7 +120,7 @@ def test_visionzip_ranks_by_cls_attention_and_merges_before_the_projector():
 
 def test_prumerge_plus_merges_by_the_last_block_before_the_projector():
     told = clip_tokens(cls=UNUSED, keys=UNUSED[:, None], keys_concat=UNUSED[:, None], cls_whole=A, keys_whole=Y)
-    selection = build("prumerge_plus", neighbours=4).compress(told, 6)
+    selection = build("prumerge_plus", upstream_exact=True, neighbours=4).compress(told, 6)
     assert selection.kept.tolist() == [0, 2, 4, 6, 7, 8]
     rank = {0: 0.221408, 2: 0.935199, 4: 0.908904, 6: 0.600802, 7: 0.343363, 8: -0.257836}
     assert printed(selection.features[:, 6]) == list(rank.values())
@@ -322,3 +325,114 @@ def test_prompts_and_pictures_must_match(llava, two):
         llava.encode({"input_ids": two["input_ids"]})
     with pytest.raises(InputError, match="2 pictures were given but the prompts have placeholders for 0"):
         llava.encode({**inputs_for(llava, PROMPTS["text only"]()), "pixel_values": two["pixel_values"]})
+
+
+# Published schedules -------------------------------------------------------------------------------------------------
+
+
+REQUEST = Request(key="k", messages=lambda: user(picture(168, 168), "What is it?"), generation={"max_new_tokens": 2})
+
+
+@pytest.fixture(scope="module")
+def deep(llava, tmp_path_factory):
+    """As LLaVA-1.5-7B: 576 tokens a picture, 32 layers."""
+    text = LlamaConfig(
+        hidden_size=llava_checkpoint.WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=llava.model.config.text_config.vocab_size,
+        max_position_embeddings=4096,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=llava.model.config.text_config.eos_token_id,
+        pad_token_id=llava.model.config.text_config.pad_token_id,
+    )
+    tower = CLIPVisionConfig(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=168,
+        patch_size=7,
+        initializer_range=0.2,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llava_checkpoint, "SIZE", 168)
+        patch.setattr(llava_checkpoint, "PATCH", 7)
+        folder = tmp_path_factory.mktemp("deep")
+        return load_backbone(
+            save_llava(folder, learned=False, vision_config=tower, text_config=text, image_seq_length=576)
+        )
+
+
+@pytest.mark.parametrize("upstream_exact", [False, True])
+@pytest.mark.parametrize(
+    ("called", "left"), [(192, (309, 204, 113)), (128, (312, 117, 39)), (96, (249, 55, 27)), (64, (82, 32, 18))]
+)
+def test_published_sparsevlm_leaves_the_published_tokens_in_every_layer(deep, called, left, upstream_exact):
+    inputs = inputs_for(deep, [user(picture(168, 168), "What is it?")])
+    method = build("sparsevlm", schedule="published", upstream_exact=upstream_exact)
+    out = deep.prefill(inputs, method, f"{called}tok")
+    text = inputs["input_ids"].shape[1] - 576
+    visual = [length - text for length in out.layer_lengths]
+    assert visual == [576] * 3 + [left[0]] * 4 + [left[1]] * 9 + [left[2]] * 16
+    assert len(out.kept[0]) == left[2]
+    assert out.layer_tokens == [pytest.approx(sum(visual) / 32)]
+    answer = Answerer(deep).answer(
+        Answerer(deep).prepare([REQUEST], [Setting(method, Tokens(called))]), Setting(method, Tokens(called))
+    )[0]
+    assert (answer.kept_tokens, answer.total_tokens) == (left[2], 576)
+    assert answer.layer_tokens == pytest.approx(sum(visual) / 32)
+
+
+def test_published_sparsevlm_counts_each_image_alone_and_refuses_upstreams_scope_of_two(deep):
+    inputs = inputs_for(deep, [user(picture(168, 168), picture(168, 168, 1), "What are they?")])
+    out = deep.prefill(inputs, build("sparsevlm", schedule="published"), "64tok")
+    assert [int((out.kept[0] < 576).sum()), int((out.kept[0] >= 576).sum())] == [18, 18]
+    with pytest.raises(InputError, match="all images of a prompt together has 1152"):
+        deep.prefill(inputs, build("sparsevlm", schedule="published", upstream_exact=True), "64tok")
+
+
+def test_published_schedules_keep_the_stock_model_at_budget_1(deep):
+    inputs = inputs_for(deep, [user(picture(168, 168), "What is it?")])
+    stock = deep.prefill(inputs, build("full"), 1.0)
+    for name in ("sparsevlm", "pyramiddrop"):
+        out = deep.prefill(inputs, build(name, schedule="published"), 1.0)
+        assert torch.equal(out.logits, stock.logits)
+
+
+def test_published_pyramiddrop_on_32_layers_is_the_default_at_its_budget(deep):
+    inputs = inputs_for(deep, [user(picture(168, 168), "What is it?")])
+    ours, published = (
+        deep.prefill(inputs, build("pyramiddrop", **options), 0.125) for options in ({}, {"schedule": "published"})
+    )
+    assert ours.layer_lengths == published.layer_lengths
+    assert torch.equal(ours.logits, published.logits)
+    assert published.layer_tokens == [270.0]
+
+
+def test_a_budget_that_contradicts_a_schedule_is_refused_before_anything_is_run(deep, llava):
+    method = build("sparsevlm", schedule="published")
+    inputs = inputs_for(deep, [user(picture(168, 168), "What is it?")])
+    for run in (lambda: Setting(method, Share(0.2)), lambda: deep.prefill(inputs, method, 0.2)):
+        with pytest.raises(InputError, match=r"budget 0.2 contradicts schedule=published"):
+            run()
+    with pytest.raises(InputError, match="is for an LLM of 32 layers"):
+        llava.bind(method)
+
+
+@pytest.mark.parametrize("upstream_exact", [False, True])
+def test_visionzip_on_a_clip_tower_merges_10_of_64_tokens(deep, upstream_exact):
+    inputs = inputs_for(deep, [user(picture(168, 168), "What is it?")])
+    item = deep.encode(inputs).rows[0][0]
+    method = build("visionzip", upstream_exact=upstream_exact)
+    for count, contextual in ((64, 10), (128, 20), (192, 30)):
+        (kept,) = deep.compress(inputs, method, f"{count}tok").kept
+        ranked = torch.sort(item.trace.cls, descending=True, stable=True).indices.tolist()
+        dominant, rest = ranked[: count - contextual], sorted(ranked[count - contextual :])
+        targets = rest[:: len(rest) // contextual][:contextual]
+        assert kept.tolist() == sorted([*dominant, *targets])
+    # A share is rounded as everywhere: upstream's budgets are counts where there is a CLS token.
+    assert len(deep.compress(inputs, method, 0.2).kept[0]) == 115
