@@ -24,56 +24,41 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from visionselector_eval.baselines.errors import InputError, unknown
 from visionselector_eval.harness.environment import git_commit
 
 log = logging.getLogger(__name__)
 
-LIBRARIES = (
+ROOTS = (
     "transformers",
     "huggingface-hub",
     "tokenizers",
     "safetensors",
-    "regex",
+    "sentencepiece",
     "pydantic",
-    "pydantic-core",
-    "annotated-types",
-    "typing-inspection",
-    "typing-extensions",
     "pandas",
-    "python-dateutil",
-    "six",
     "tabulate",
     "rich",
-    "markdown-it-py",
-    "mdurl",
-    "pygments",
     "pyyaml",
     "tqdm",
     "packaging",
     "psutil",
     "nvidia-ml-py",
-    "sentencepiece",
-    "httpx",
-    "httpcore",
-    "h11",
-    "anyio",
-    "idna",
-    "certifi",
-    "click",
-    "typer",
-    "shellingham",
-    "annotated-doc",
-    "filelock",
-    "fsspec",
 )
-"""Everything that measuring and its tables import, and what that imports; plots and parquet files are done without."""
+"""What measuring and its tables import; plots and parquet files are done without."""
 
-EXTRAS = ("pyarrow", "matplotlib", "contourpy", "cycler", "fonttools", "kiwisolver", "pyparsing", "av", "hf-xet")
+EXTRAS = ("pyarrow", "matplotlib", "av")
 """What `--with` adds: rows as parquet, plots, videos."""
+
+_THEIRS = ("torch", "torchvision")  # with all that they need; and of the rest, what nothing here needs:
+_NEEDLESS = ("numpy", "pillow", "hf-xet")
 
 _MAX_MIB = 60
 _PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 26, 24, 17, 12, 5)]
@@ -118,6 +103,30 @@ for name in ("torch", "torchvision", *PINS):
     print(name, "(needed: %s; here: %s)" % (bounds or "any", found or "none"))
 print("python %d.%d, %d of %d missing" % (*sys.version_info[:2], lacking, len(PINS) + 2))
 '''
+
+
+def closure(roots: Iterable[str], without: Container[str] = ()) -> list[str]:
+    """`roots` and the libraries that they need, sorted, by the metadata of what is installed here.
+
+    Parameters
+    ----------
+    without: names that are left out, with what only they need.
+    """
+    names: set[str] = set()
+    remaining = [canonicalize_name(root) for root in roots]
+    while remaining:
+        name = remaining.pop()
+        if name in names or name in without:
+            continue
+        names.add(name)
+        needed = [Requirement(line) for line in metadata.requires(name) or ()]
+        remaining += [canonicalize_name(r.name) for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return sorted(names)
+
+
+def libraries(extras: Iterable[str] = ()) -> list[str]:
+    """What the bundle holds beside this package: `ROOTS`, `extras` and what they need, less what comes with torch."""
+    return closure([*ROOTS, *extras], {*closure(_THEIRS), *_NEEDLESS})
 
 
 def pins(lock: Path) -> dict[str, str]:
@@ -195,14 +204,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of this module: 0 done, 2 bad input."""
     flags = parser()
     chosen = flags.parse_args(arguments)
-    names = [*(LIBRARIES if chosen.only is None else chosen.only), *chosen.extra]
     try:
-        for name in names:
-            if name not in (*LIBRARIES, *EXTRAS):
-                raise unknown("library of the bundle", name, (*LIBRARIES, *EXTRAS))
+        for name in chosen.extra:
+            if name not in EXTRAS:
+                raise unknown("addition to the bundle", name, EXTRAS)
+        names = libraries(chosen.extra)
+        for name in chosen.only or ():
+            if name not in names:
+                raise unknown("library of the bundle", name, names)
         if not re.fullmatch(r"3\.\d+", chosen.python):
             raise InputError(f"invalid --python {chosen.python!r}: expected a version such as 3.12")
-        size = make(Path(__file__).resolve().parents[2], chosen.output, list(dict.fromkeys(names)), chosen.python)
+        size = make(Path(__file__).resolve().parents[2], chosen.output, chosen.only or names, chosen.python)
     except InputError as error:
         flags.error(str(error))
     mib = size / 2**20

@@ -95,6 +95,14 @@ def test_the_kernel_is_built_for_gpus(capability: int, fades: bool) -> None:
         assert ".local" not in built.asm["ptx"]
 
 
+@pytest.mark.parametrize("n", [1, 7, 16, 100, 133])
+def test_mirrored_products_are_the_products(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    unit = unit_rows(torch.randn(n, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(n)))
+    monkeypatch.setattr(fused, "_MIRRORED", 1)
+    found = fused.cosines(unit)
+    assert torch.allclose(found, unit @ unit.T, atol=1e-14)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("n", [1, 100, 4096, _FUSED])
