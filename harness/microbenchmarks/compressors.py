@@ -389,7 +389,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 status.update(f"{case.name}, N={n}")
                 why = _too_much(known.get(case.name), n, arguments.naive_seconds, arguments.naive_gib)
                 forms = [case.ours, case.naive] if case.naive and not why else [case.ours]
-                found = measure(forms, device, arguments.repeats if asked else 1)
+                repeats = arguments.repeats if asked else 1
+                try:
+                    found = measure(forms, device, repeats)
+                except (torch.OutOfMemoryError, MemoryError):
+                    why = "out of memory"
+                    found = measure(forms[:1], device, repeats)
                 if len(found) == 2:
                     known[case.name] = n, found[1]
                 if not asked:
