@@ -47,7 +47,7 @@ class DynamicQwen(DecoderCompressor):
 
     predictor: str | Predictor | None = field(
         default=None,
-        metadata={"help": "predictor weights: folder, .safetensors file or hub id; default: those in the checkpoint"},
+        metadata={"help": "predictor weights: folder, .safetensors or .bin file, or hub id; default: the checkpoint's"},
     )
     layer: int = field(default=2, metadata={"help": "tokens are dropped at the input of this layer (0-based)"})
 
@@ -58,7 +58,7 @@ class DynamicQwen(DecoderCompressor):
         if not (given is None or isinstance(given, Predictor) or (isinstance(given, str) and given)):
             raise InputError(
                 f"option predictor={given!r} of method 'dynamic_qwen' is not usable: give a folder, "
-                "a .safetensors file or a hub id (in Python also a Predictor)"
+                "a .safetensors or .bin file, or a hub id (in Python also a Predictor)"
             )
         if self.layer < 1:
             raise InputError(f"option layer={self.layer} of method 'dynamic_qwen': give 1 or more (the paper's is 2)")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionselector_eval.baselines.base import InputError
+from visionselector_eval.models.weights import find_tensors
 
 __all__ = ["MARK", "Predictor", "load_predictor"]
 
@@ -98,10 +98,9 @@ class Predictor(nn.Module):
 
         Parameters
         ----------
-        state: tensors by our own names (`state_dict()` of a `Predictor`), or by those of another program: they are then
-            told apart by their shapes; among equal shapes by the order of their names (numbers by value) and, where q,
-            k and v stand apart, by these letters. A prefix ending in `image_score_predictor.` may stand before them,
-            and other tensors of a checkpoint beside them.
+        state: tensors by our own names (`state_dict()` of a `Predictor`), or by those of the published Dynamic-Qwen
+            (`down_mlp.0.weight`, `transformer.0.attn.qkv.weight`, ...). A prefix ending in `image_score_predictor.` may
+            stand before them, and other tensors of a checkpoint beside them.
         source: what to call the weights in an error.
 
         Returns
@@ -112,10 +111,19 @@ class Predictor(nn.Module):
         ------
         InputError: tensors that are missing, do not fit each other, or that this predictor has no place for.
         """
-        tensors = {name.rpartition(MARK)[2]: tensor for name, tensor in state.items() if MARK in name} or dict(state)
-        if not tensors:
+        ours: dict[str, Tensor] = {}
+        for name in predictor_names(state):
+            if (own := _our_name(name.rpartition(MARK)[2])) is None:
+                raise InputError(f"{source}: predictor tensor {name} is unknown (it takes those of Dynamic-Qwen)")
+            if own in ours and not torch.equal(ours[own], state[name]):
+                raise InputError(f"{source} holds several predictors that differ (in {own}): give a file with one")
+            ours[own] = state[name]
+        if not ours:
             raise InputError(f"{source} holds no predictor: it needs *.{MARK}* or the tensors of a saved Predictor")
-        ours = _in_our_names(tensors, source)
+        for name in ("in_proj.weight", "blocks.0.up.weight"):
+            if name not in ours or ours[name].ndim != 2:
+                got = tuple(ours[name].shape) if name in ours else "nothing"
+                raise InputError(f"{source}: predictor tensor {name} has shape {got}, but it must be a matrix")
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in ours.values()) else torch.float32
         hidden, width = ours["in_proj.weight"].shape
         blocks = sum(name.endswith("qkv.weight") for name in ours)
@@ -134,103 +142,40 @@ class Predictor(nn.Module):
         return predictor.eval().requires_grad_(False)
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)|\.", name) if part]
+# Names of the published Dynamic-Qwen, and ours. A block's stand behind its number.
+_RELEASED = {
+    "down_mlp.0": "in_norm",
+    "down_mlp.1": "in_proj",
+    "output_mlp.0": "head.0",
+    "output_mlp.2": "head.1",
+    "output_mlp.4": "head.2",
+}
+_RELEASED_BLOCK = {
+    "norm1": "attention_norm",
+    "attn.qkv": "qkv",
+    "attn.proj": "out",
+    "norm2": "mlp_norm",
+    "mlp.fc1": "up",
+    "mlp.fc2": "down",
+}
 
 
-def _in_our_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """`tensors` by the names of `Predictor`'s parameters."""
-    if "in_proj.weight" in tensors and "blocks.0.qkv.weight" in tensors:
-        return dict(tensors)
-
-    def fail(what: str) -> InputError:
-        shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-        return InputError(f"{source}: its predictor tensors ({shown}) are not those of Dynamic-LLaVA: {what}")
-
-    names = sorted(tensors, key=_natural)
-    modules: dict[str, dict[str, Tensor]] = {}
-    for name in names:
-        module, _, part = name.rpartition(".")
-        if part not in ("weight", "bias"):
-            raise fail(f"{name} is neither a weight nor a bias")
-        modules.setdefault(module, {})[part] = tensors[name]
-    if lost := [module for module, parts in modules.items() if "weight" not in parts]:
-        raise fail(f"{lost[0]} has no weight")
-    norms = [m for m, parts in modules.items() if parts["weight"].ndim == 1]
-    linears = {m: tuple(parts["weight"].shape) for m, parts in modules.items() if parts["weight"].ndim == 2}
-
-    # From the end: 2 <- m/4 <- m/2 <- m. No other map has these shapes.
-    last = _only([m for m, (rows, _) in linears.items() if rows == 2], "one map to 2", fail)
-    quarter = linears[last][1]
-    second = _only([m for m, (rows, _) in linears.items() if rows == quarter], f"one map to {quarter}", fail)
-    half = linears[second][1]
-    first = _only([m for m, (rows, _) in linears.items() if rows == half and m != second], f"one map to {half}", fail)
-    width = linears[first][1]
-    rest = {m: shape for m, shape in linears.items() if m not in (last, second, first)}
-
-    fused = [m for m, shape in rest.items() if shape == (3 * width, width)]
-    square = [m for m, shape in rest.items() if shape == (width, width)]
-    apart = {}
-    if not fused:
-        # q, k and v have no bias, the output projection has one; else the letter tells.
-        apart = {letter: [m for m in square if _letter(m) == letter] for letter in "qkv"}
-    blocks = len(fused) or len(apart["q"])
-    if not blocks or any(len(found) != blocks for found in apart.values()):
-        raise fail(f"no maps from {width} to q, k and v")
-    group = (fused or apart["q"])[0].split(".")[0]
-
-    def entry_of(found: list[str], what: str) -> str:
-        """Of several that look alike, the one outside the blocks' group; in one numbered list the first."""
-        outside = [m for m in found if m.split(".")[0] != group]
-        return _only(found if len(found) == 1 else outside or found[:1], what, fail)
-
-    left = {m: shape for m, shape in rest.items() if m not in fused and not any(m in found for found in apart.values())}
-    ups = [m for m, (_, columns) in left.items() if columns == width and m not in square]
-    if len(ups) != blocks:
-        raise fail(f"{blocks} blocks need as many maps from {width} to more, found {ups or 'none'}")
-    inner = left[ups[0]][0]
-    outs = [m for m in left if m in square]
-    downs = [m for m, shape in left.items() if shape == (width, inner)]
-    others = [m for m in left if m not in (*ups, *outs, *downs)]
-    surplus = next((found for found in (outs, downs) if len(found) == blocks + 1), [])
-    entry = entry_of(others or surplus, f"one map from the LLM's width to {width}")
-    outs, downs = [m for m in outs if m != entry], [m for m in downs if m != entry]
-    wide = [m for m in norms if len(modules[m]["weight"]) == linears[entry][1]]
-    entry_norm = entry_of(wide, "one norm of the LLM's width")
-    block_norms = [m for m in norms if m != entry_norm]
-    if (len(outs), len(downs), len(block_norms)) != (blocks, blocks, 2 * blocks):
-        raise fail(f"found {outs or 'none'}, {downs or 'none'} and norms {block_norms or 'none'} for {blocks} blocks")
-
-    ours: dict[str, Tensor] = {}
-    placed = {"in_norm": entry_norm, "in_proj": entry, "head.0": first, "head.1": second, "head.2": last}
-    for b in range(blocks):
-        placed |= {
-            f"blocks.{b}.attention_norm": block_norms[2 * b],
-            f"blocks.{b}.mlp_norm": block_norms[2 * b + 1],
-            f"blocks.{b}.out": outs[b],
-            f"blocks.{b}.up": ups[b],
-            f"blocks.{b}.down": downs[b],
-        }
-        if fused:
-            placed[f"blocks.{b}.qkv"] = fused[b]
-        else:
-            ours[f"blocks.{b}.qkv.weight"] = torch.cat([modules[apart[x][b]]["weight"] for x in "qkv"])
-    for name, module in placed.items():
-        ours |= {f"{name}.{part}": tensor for part, tensor in modules[module].items()}
-    return ours
+def _our_name(name: str) -> str | None:
+    """A tensor's name among `Predictor`'s parameters, from the published one or our own; None for another name."""
+    if block := re.fullmatch(r"(transformer|blocks)\.(\d+)\.(.+)\.(weight|bias)", name):
+        known = _RELEASED_BLOCK if block[1] == "transformer" else dict.fromkeys(_RELEASED_BLOCK.values())
+        inner = known.get(block[3], "") or block[3]
+        return f"blocks.{block[2]}.{inner}.{block[4]}" if block[3] in known else None
+    module, _, part = name.rpartition(".")
+    ours = _RELEASED.get(module) or (module if module in _RELEASED.values() else None)
+    return f"{ours}.{part}" if ours and part in ("weight", "bias") else None
 
 
-def _letter(module: str) -> str:
-    """q, k or v where the last part of a module's name says so (q, q_proj, to_q, wq, query, ...), else nothing."""
-    last = module.rpartition(".")[2].lower()
-    match = re.fullmatch(r"(?:to_|w|w_|proj_)?([qkv])(?:_proj|_lin|_linear)?|(query|key|value)(?:_proj)?", last)
-    return (match[1] or match[2][0]) if match else ""
-
-
-def _only(found: list[str], what: str, fail: object) -> str:
-    if len(found) != 1:
-        raise fail(f"{what} expected, found {found or 'none'}")  # type: ignore[operator]
-    return found[0]
+def predictor_names(names: Iterable[str]) -> list[str]:
+    """Those of the tensor names of one file that are a predictor's: behind `MARK`, else all where one is known."""
+    listed = list(names)
+    marked = [name for name in listed if MARK in name]
+    return marked or (listed if any(_our_name(name) for name in listed) else [])
 
 
 def load_predictor(source: str) -> Predictor:
@@ -238,38 +183,11 @@ def load_predictor(source: str) -> Predictor:
 
     Parameters
     ----------
-    source: a `.safetensors` file; a folder with `predictor.safetensors` or with a checkpoint (one file, or shards with
-        an index) that has `*.image_score_predictor.*`; or a hub id `owner/name` of such a folder.
+    source: a `.safetensors` or `.bin` file; a folder with `predictor.safetensors`, or with any such files in which
+        there is `*.image_score_predictor.*`; or a hub id `owner/name` of such a folder.
 
     Raises
     ------
-    InputError: nothing there, no predictor in it, or a damaged file.
+    InputError: nothing there, no predictor in it or two that differ, or a damaged file.
     """
-    from safetensors import SafetensorError, safe_open
-
-    from visionselector_eval.models.loading import weight_files
-
-    path = Path(source).expanduser()
-    if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        raise InputError(
-            f"predictor '{source}' does not exist: give a .safetensors file, a folder that holds one, "
-            "or a hub id OWNER/NAME"
-        )
-    tensors: dict[str, Tensor] = {}
-    try:
-        if path.is_dir() and (path / _FILE).is_file():
-            path = path / _FILE
-        files: Iterable[str] = [str(path)] if path.is_file() else weight_files(source)
-        if not files and not path.exists():
-            raise InputError(
-                f"predictor '{source}' is no local file or folder, and the hub gives no weights of that id: check the "
-                "id and the connection, or give a local folder"
-            )
-        for file in files:
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                whole = path.is_file() and not any(MARK in name for name in opened.keys())  # noqa: SIM118
-                tensors |= {k: opened.get_tensor(k) for k in opened.keys() if whole or MARK in k}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"predictor '{source}' cannot be read ({reason}): fetch its safetensors again") from error
-    return Predictor.from_state(tensors, source)
+    return Predictor.from_state(find_tensors(source, predictor_names, _FILE, "predictor"), source)

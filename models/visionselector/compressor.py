@@ -37,7 +37,8 @@ class ScorerCompressor(Compressor):
     scorer: str | Scorer | None = field(
         default=None,
         metadata={
-            "help": "scorer weights: folder, .safetensors file or hub id; default: those in the backbone's checkpoint"
+            "help": "scorer weights: folder, .safetensors or .bin file, hub id, or `angelslim` (that of "
+            "IDPruner's published table, by its hub id); default: those in the backbone's checkpoint"
         },
     )
 
@@ -49,7 +50,7 @@ class ScorerCompressor(Compressor):
         ):
             raise InputError(
                 f"option scorer={self.scorer!r} of method '{self.name}' is not usable: give a folder, "
-                "a .safetensors file or a hub id (in Python also a Scorer)"
+                "a .safetensors or .bin file, or a hub id (in Python also a Scorer)"
             )
 
     @classmethod
@@ -69,7 +70,7 @@ class ScorerCompressor(Compressor):
             source, module = self._source, self._module
         else:
             source = f"of checkpoint {host.id}"
-            if scorer_keys(host.extra_weights, host.id) is None:
+            if not scorer_keys(host.extra_weights, host.id):
                 raise InputError(
                     f"{self.name} needs scorer weights: checkpoint {host.id} has no "
                     "visual.importance_scorer.*; give scorer=FOLDER_OR_ID"

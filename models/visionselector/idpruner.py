@@ -26,14 +26,14 @@ class IDPruner(ScorerCompressor):
 
     The first pick is the most important token, whatever the balance; each later one has the largest balance *
     importance - (1 - balance) * (its largest cosine to a picked token). Importance is VisionSelector's score, from 0
-    to 1, with the same weights (option `scorer`, else the backbone's own). Source:
-    IDPruner as released in Tencent AngelSlim; its paper speaks of soft top-k outputs, the code and we of
-    raw scores. A token is picked once. `upstream_exact` rounds K = round(N * (1 - pruned)), half to even, over all of a
-    prompt's images at once.
+    to 1, with the same weights (option `scorer`, else the backbone's own). Source: IDPruner, arXiv 2602.13315, as
+    released in Tencent AngelSlim; its paper speaks of soft top-k outputs, the code and we of raw scores. A token is
+    picked once. `upstream_exact` rounds K = round(N * (1 - pruned)), half to even, over all of a prompt's images at
+    once. The scorer of its published table is `scorer=angelslim`.
     """
 
     name = "idpruner"
-    paper = "IDPruner, as released in Tencent AngelSlim"
+    paper = "IDPruner, arXiv 2602.13315 (as released in Tencent AngelSlim)"
     deviations = "scores as in its code, not soft top-k outputs as in its paper; no token is picked twice"
     cost = "time O(K N D), memory O(N D)"
 

@@ -7,3 +7,6 @@ PUBLISHED = {
     "Qwen/Qwen2.5-VL-7B-Instruct": "JulietChoo/VisionSelector-Qwen2.5-VL-7B",
     "Qwen/Qwen2.5-VL-3B-Instruct": "JulietChoo/VisionSelector-Qwen2.5-VL-3B",
 }
+
+# Short names of released scorers, for the option `scorer`.
+ALIASES = {"angelslim": "AngelSlim/Qwen2.5-VL-7B-Instruct-Selector"}  # that of IDPruner's table (arXiv 2602.13315)

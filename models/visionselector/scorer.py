@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,15 +12,17 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from visionselector_eval.baselines.base import InputError
+from visionselector_eval.models.weights import find_tensors
+
+from .released import ALIASES
 
 __all__ = ["Scorer", "load_scorer"]
 
 _PARTS = ("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")
 _MARK = "importance_scorer."
+_NAME = re.compile(rf"((?:module\.|_orig_mod\.)*(?:(?:model\.)?(?:visual\.)?{re.escape(_MARK)})?)(.+)")
 _ROWS = {"cpu": 128, "cuda": 4096}  # tokens scored together
 _FILE = "scorer.safetensors"
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 
 
 class Scorer(nn.Module):
@@ -89,8 +90,9 @@ class Scorer(nn.Module):
 
         Parameters
         ----------
-        state: holds `{q,k}_proj.{weight,bias}`, by these names or behind a prefix ending in
-            `importance_scorer.`; other tensors of a checkpoint may stand beside them.
+        state: holds `{q,k}_proj.{weight,bias}`, by these names or behind `visual.importance_scorer.` or
+            `model.visual.importance_scorer.`, with `module.` and `_orig_mod.` of a wrapped module before that; other
+            tensors of a checkpoint may stand beside them. The same scorer may be there twice.
         source: what to call the weights in an error.
 
         Returns
@@ -102,10 +104,17 @@ class Scorer(nn.Module):
         ------
         InputError: tensors that are missing, do not fit each other, or that this scorer has no place for.
         """
-        names = scorer_keys(state, source)
-        if names is None:
+        scorers = scorer_keys(state, source)
+        if not scorers:
             raise InputError(f"{source} holds no scorer: it needs {', '.join(_PARTS)} (or *.{_MARK}...)")
+        prefix, names = next(iter(scorers.items()))
         tensors = {part: state[name] for part, name in names.items()}
+        for other, theirs in scorers.items():
+            if any(not torch.equal(state[theirs[part]].cpu(), tensor.cpu()) for part, tensor in tensors.items()):
+                raise InputError(
+                    f"{source} holds several scorers that differ ({prefix}q_proj.weight, {other}q_proj.weight): give a "
+                    "file with one of them"
+                )
         weight = tensors["q_proj.weight"]
         if weight.dim() != 2:
             raise InputError(f"{source}: q_proj.weight has shape {tuple(weight.shape)}, a scorer needs (hidden, width)")
@@ -138,32 +147,36 @@ def _row_products(rows: Sequence[Tensor], direction: Tensor) -> Tensor:
     return torch.cat([torch.mul(part, direction, out=buffer[: len(part)]).sum(dim=1) for part in rows])
 
 
-def scorer_keys(names: Iterable[str], source: str = "scorer") -> dict[str, str] | None:
-    """Names of a scorer's tensors in a checkpoint by part (`q_proj.weight`, ...); None where there are none.
+def scorer_keys(names: Iterable[str], source: str = "scorer") -> dict[str, dict[str, str]]:
+    """Names of a scorer's tensors in a checkpoint: prefix -> part (`q_proj.weight`, ...) -> name; empty for none.
 
     Raises
     ------
-    InputError: a scorer with parts missing, with parts this scorer has no place for, or under two prefixes.
+    InputError: a scorer with parts missing, or with parts this scorer has no place for.
     """
-    listed = list(names)
     found: dict[str, dict[str, str]] = {}
-    for name in listed:
-        prefix, mark, part = name.rpartition(_MARK)
-        if mark:
-            found.setdefault(prefix + mark, {})[part] = name
-    if not found and any(part in listed for part in _PARTS):
-        found[""] = {part: part for part in _PARTS if part in listed}
-    if not found:
-        return None
-    if len(found) > 1:
-        raise InputError(f"{source} holds several scorers ({', '.join(sorted(found))}): give a file with one of them")
-    ((prefix, parts),) = found.items()
-    if missing := [part for part in _PARTS if part not in parts]:
-        raise InputError(f"{source}: scorer tensor {prefix}{missing[0]} is missing (it needs {', '.join(_PARTS)})")
-    # A norm before the projections, say, would change every score: better refused than left out.
-    if surplus := sorted(set(parts) - set(_PARTS)):
-        raise InputError(f"{source}: scorer tensor {prefix}{surplus[0]} is unknown (it takes {', '.join(_PARTS)})")
-    return parts
+    for name in scorer_names(names):
+        match = _NAME.fullmatch(name)
+        assert match is not None
+        found.setdefault(match[1], {})[match[2]] = name
+    for prefix, parts in found.items():
+        if missing := [part for part in _PARTS if part not in parts]:
+            raise InputError(f"{source}: scorer tensor {prefix}{missing[0]} is missing (it needs {', '.join(_PARTS)})")
+        # A norm before the projections, say, would change every score: better refused than left out.
+        if surplus := sorted(set(parts) - set(_PARTS)):
+            raise InputError(f"{source}: scorer tensor {prefix}{surplus[0]} is unknown (it takes {', '.join(_PARTS)})")
+    return found
+
+
+def scorer_names(names: Iterable[str]) -> list[str]:
+    """Those of the tensor names of one file that are a scorer's.
+
+    A scorer's own prefix says that all behind it are; without one, its projections do, and then what stands right
+    beside them.
+    """
+    matches = [match for match in map(_NAME.fullmatch, names) if match]
+    bare = {match[1] for match in matches if match[2] in _PARTS}
+    return [m[0] for m in matches if m[1].endswith(_MARK) or (m[1] in bare and m[2].count(".") == 1)]
 
 
 def load_scorer(source: str) -> Scorer:
@@ -171,95 +184,14 @@ def load_scorer(source: str) -> Scorer:
 
     Parameters
     ----------
-    source: a `.safetensors` file; a folder with `scorer.safetensors` or with a checkpoint (one file, or
-        shards with `model.safetensors.index.json`) that has `*.importance_scorer.*`; or a hub id `owner/name`
-        of such a folder.
+    source: a `.safetensors` or `.bin` file; a folder with `scorer.safetensors`, or with any such files among whose
+        tensors are a scorer's (see `Scorer.from_state` for the names); a hub id `owner/name` of such a folder, or a
+        name of `released.ALIASES`.
 
     Raises
     ------
-    InputError: nothing there, no scorer in it, a damaged file, or a hub that cannot be reached.
+    InputError: nothing there, no scorer in it or several that differ, a damaged file, or a hub that cannot be reached.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return Scorer.from_state(_read_tensors([path], source), source)
-    if path.is_dir():
-        return Scorer.from_state(_read_tensors(_files_in_folder(path, source), source), source)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith((".", "~")):
-        return Scorer.from_state(_read_tensors(_files_on_hub(source), source), source)
-    raise InputError(
-        f"scorer '{source}' does not exist: give a .safetensors file, a folder that holds one, or a hub id OWNER/NAME"
-    )
-
-
-def _files_in_folder(folder: Path, source: str) -> list[Path]:
-    if (folder / _FILE).is_file():
-        return [folder / _FILE]
-    if (folder / _INDEX).is_file():
-        return _shards(folder / _INDEX, source, lambda shard: folder / shard)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(
-            f"scorer folder '{source}' holds no .safetensors file: it needs {_FILE} or a checkpoint's files"
-        )
-    return files
-
-
-def _files_on_hub(repo: str) -> list[Path]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    def fetch(name: str) -> Path:
-        return Path(hf_hub_download(repo, name))
-
-    reason: Exception | None = None
-    for name in (_FILE, _INDEX, _SINGLE):
-        try:
-            path = fetch(name)
-            return _shards(path, repo, fetch) if name == _INDEX else [path]
-        except InputError:
-            raise
-        except EntryNotFoundError as error:  # also "not in the cache" while offline; another file may be
-            reason = reason or error
-        except Exception as error:  # the hub client raises what its HTTP library raises; a user gets one line
-            reason = error
-            break
-    raise InputError(
-        f"scorer '{repo}' is no local file or folder, and the hub gives none of {_FILE}, {_INDEX}, {_SINGLE} "
-        f"({_first_line(reason)}): check the id and the connection, or give a local folder"
-    ) from reason
-
-
-def _shards(index: Path, source: str, locate: Callable[[str], Path]) -> list[Path]:
-    """The files that hold the scorer's tensors by a checkpoint's index; others are not even looked for."""
-    try:
-        weight_map: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{source}: {index.name} is damaged ({_first_line(error)}): fetch the checkpoint again"
-        ) from error
-    names = scorer_keys(weight_map, source)
-    if names is None:
-        raise InputError(f"{source}: {index.name} lists no *.{_MARK}*: this checkpoint has no scorer")
-    return [locate(shard) for shard in sorted({weight_map[name] for name in names.values()})]
-
-
-def _read_tensors(files: list[Path], source: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    tensors: dict[str, Tensor] = {}
-    where: dict[str, Path] = {}
-    try:
-        for path in files:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                where.update(dict.fromkeys(file.keys(), path))
-        names = scorer_keys(where, source) or {}
-        for name in names.values():
-            with safe_open(where[name], framework="pt", device="cpu") as file:
-                tensors[name] = file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{source}: cannot read its safetensors ({_first_line(error)}): fetch them again") from error
-    return tensors
-
-
-def _first_line(error: Exception | None) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    if source in ALIASES and not Path(source).exists():
+        source = ALIASES[source]
+    return Scorer.from_state(find_tensors(source, scorer_names, _FILE, "scorer"), source)

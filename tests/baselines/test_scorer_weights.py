@@ -167,8 +167,14 @@ def test_unfit_tensors(weights, change, message):
 def test_unknown_part_and_two_scorers_are_refused(weights):
     with pytest.raises(InputError, match=r"importance_scorer.norm.weight is unknown"):
         Scorer.from_state({**prefixed(weights), "visual.importance_scorer.norm.weight": torch.zeros(8)})
-    with pytest.raises(InputError, match="several scorers"):
-        Scorer.from_state({**prefixed(weights), **prefixed(weights, "model.visual.importance_scorer.")})
+    twice = {**prefixed(weights), **prefixed(weights, "model.visual.importance_scorer.")}
+    assert torch.equal(Scorer.from_state(twice)(TOKENS.features), Scorer.from_state(weights)(TOKENS.features))
+    twice["model.visual.importance_scorer.k_proj.bias"] = weights["k_proj.bias"] + 1
+    with pytest.raises(InputError, match="several scorers that differ") as error:
+        Scorer.from_state(twice)
+    line(error)
+    with pytest.raises(InputError, match=r"tensor norm\.weight is unknown"):
+        Scorer.from_state({**weights, "norm.weight": torch.zeros(8)})
 
 
 def test_unusable_local_sources(tmp_path, weights):
@@ -185,11 +191,11 @@ def test_unusable_local_sources(tmp_path, weights):
     lost_shard = sharded(tmp_path / "lost", weights)
     (lost_shard / "model-2.safetensors").unlink()
     for source, message in (
-        (empty, "holds no .safetensors file"),
-        (damaged, "cannot read its safetensors"),
-        (stock, "holds no scorer"),
+        (empty, r"holds no .safetensors or .bin file \(found nothing\)"),
+        (damaged, "cannot read damaged.safetensors"),
+        (stock, r"holds no scorer: found lm_head.weight in model.safetensors"),
         (broken_index, "is damaged"),
-        (lost_shard, "cannot read its safetensors"),
+        (lost_shard, "cannot read model-2.safetensors"),
         (tmp_path / "nothing" / "here", "does not exist"),
         ("./nothing", "does not exist"),
     ):
@@ -204,9 +210,15 @@ def test_hub_id_while_offline():
     assert "give a local folder" in line(error)
 
 
-def test_hub_id_takes_only_the_shards_with_the_scorer(tmp_path, weights, monkeypatch):
-    folder = sharded(tmp_path / "repo", weights)
-    asked = []
+def a_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """`folder` is what the hub gives of any repository; returns what is asked for, in order."""
+    asked: list[str] = []
+
+    def listed(repo: str) -> list[str]:
+        asked.append(repo)
+        return [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()] + [
+            "model-3.safetensors"
+        ]
 
     def download(repo: str, name: str) -> str:
         asked.append(name)
@@ -214,19 +226,107 @@ def test_hub_id_takes_only_the_shards_with_the_scorer(tmp_path, weights, monkeyp
             raise EntryNotFoundError(f"404: {name}\nsecond line")
         return str(folder / name)
 
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", listed)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return asked
+
+
+def test_hub_id_takes_only_the_shards_with_the_scorer(tmp_path, weights, monkeypatch):
+    folder = sharded(tmp_path / "repo", weights)
+    asked = a_hub(folder, monkeypatch)
+    (folder / "pytorch_model.bin").write_bytes(b"not even looked at")
     scorer = load_scorer("owner/name")
     assert torch.equal(scorer.q_proj.bias, weights["q_proj.bias"].float())
-    assert asked == [
-        "scorer.safetensors",
-        "model.safetensors.index.json",
-        "model-1.safetensors",
-        "model-2.safetensors",
-    ]
+    assert asked == ["owner/name", "model.safetensors.index.json", "model-1.safetensors", "model-2.safetensors"]
     save_file(weights, folder / "scorer.safetensors")
     asked.clear()
     load_scorer("owner/name")
-    assert asked == ["scorer.safetensors"]
+    assert asked == ["owner/name", "scorer.safetensors"]
+
+
+def test_a_folder_of_a_hub_repository(tmp_path, weights, monkeypatch):
+    asked = a_hub(tmp_path, monkeypatch)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    torch.save(weights, tmp_path / "a" / "b" / "any.bin")
+    assert torch.equal(load_scorer("owner/name/a/b").q_proj.bias, weights["q_proj.bias"].float())
+    assert asked == ["owner/name", "a/b/any.bin"]
+
+
+def test_what_is_cached_serves_while_the_hub_is_out_of_reach(tmp_path, weights, monkeypatch):
+    def unreachable(repo: str) -> list[str]:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", unreachable)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, local_files_only: str(tmp_path))
+    torch.save(weights, tmp_path / "any.bin")
+    assert torch.equal(load_scorer("owner/name").q_proj.bias, weights["q_proj.bias"].float())
+
+
+def test_angelslim_is_a_name_of_its_hub_id(tmp_path, weights, monkeypatch):
+    asked = a_hub(tmp_path, monkeypatch)
+    save_file(prefixed(weights, "module."), tmp_path / "selector_final.safetensors")
+    monkeypatch.setattr(
+        huggingface_hub, "list_repo_files", lambda repo: asked.append(repo) or ["selector_final.safetensors"]
+    )
+    scores = build("idpruner", scorer="angelslim").compress(TOKENS, 5).scores
+    assert torch.equal(scores, Scorer.from_state(weights)(TOKENS.features))
+    assert asked == ["AngelSlim/Qwen2.5-VL-7B-Instruct-Selector", "selector_final.safetensors"]
+
+
+PREFIXES = [
+    "",
+    "module.",
+    "_orig_mod.",
+    "module._orig_mod.",
+    "visual.importance_scorer.",
+    "model.visual.importance_scorer.",
+]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("layout", ["any.safetensors", "any.bin", "old.bin", "shards.safetensors", "shards.bin"])
+def test_released_names_in_any_file_of_a_folder(tmp_path, weights, prefix, layout):
+    names = prefixed(weights, prefix)
+    other = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2), "lm_head.weight": torch.zeros(2)}
+    store = save_file if layout.endswith("safetensors") else torch.save
+    if layout.startswith("shards"):
+        kind = layout.partition(".")[2]
+        parts = {f"x-1.{kind}": dict(list(names.items())[:2]), f"x-2.{kind}": {**dict(list(names.items())[2:])}}
+        for file, part in parts.items():
+            store(part, tmp_path / file)
+        weight_map = {name: file for file, part in parts.items() for name in part}
+        (tmp_path / f"x.{kind}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    elif layout == "old.bin":
+        torch.save(names, tmp_path / layout, _use_new_zipfile_serialization=False)
+    else:
+        store(names, tmp_path / layout)
+    save_file(other, tmp_path / "backbone.safetensors")
+    torch.save(Path("no tensor"), tmp_path / "training_args.bin")
+    (tmp_path / "config.json").write_text("{}")
+    assert torch.equal(load_scorer(str(tmp_path))(TOKENS.features), Scorer.from_state(weights)(TOKENS.features))
+
+
+def test_files_that_contradict_each_other_are_one_line_and_copies_are_not(tmp_path, weights):
+    save_file(weights, tmp_path / "a.safetensors")
+    torch.save(weights, tmp_path / "b.bin")
+    load_scorer(str(tmp_path))
+    torch.save({**weights, "k_proj.bias": weights["k_proj.bias"] + 1}, tmp_path / "b.bin")
+    with pytest.raises(InputError, match=r"k_proj.bias has other values in b.bin than in a.safetensors") as error:
+        load_scorer(str(tmp_path))
+    line(error)
+
+
+def test_a_pickle_is_never_run(tmp_path):
+    class Runs:
+        def __reduce__(self):
+            return (Path(tmp_path / "ran").touch, ())
+
+    torch.save({"q_proj.weight": Runs()}, tmp_path / "scorer.bin")
+    for source in (tmp_path, tmp_path / "scorer.bin"):
+        with pytest.raises(InputError, match=r"scorer.bin can't be read as tensors alone") as error:
+            load_scorer(str(source))
+        line(error)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_stock_backbones_default_to_their_released_scorer():

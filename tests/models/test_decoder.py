@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from dataclasses import dataclass, field
 
@@ -569,9 +570,9 @@ def test_dynamic_qwen_says_what_its_weights_lack(tiny, tmp_path):
     for method, says in (
         (DynamicQwen(predictor=Predictor(24, 16)), f"has width 24 but backbone tiny has {WIDTH}"),
         (DynamicQwen(predictor=str(tmp_path / "nowhere")), "does not exist"),
-        (DynamicQwen(predictor=str(empty)), "holds no predictor"),
-        (DynamicQwen(predictor="nobody/nothing"), "the hub gives no weights of that id"),
-        (DynamicQwen(predictor=str(torn)), "cannot be read"),
+        (DynamicQwen(predictor=str(empty)), "holds no .safetensors or .bin file"),
+        (DynamicQwen(predictor="nobody/nothing"), "the hub gives none of that id"),
+        (DynamicQwen(predictor=str(torn)), "cannot read torn.safetensors"),
         (DynamicQwen(predictor=tiny_predictor(), layer=DEPTH), f"give layers from 1 to {DEPTH - 1}"),
     ):
         with pytest.raises(InputError, match=says) as error:
@@ -584,61 +585,77 @@ def test_dynamic_qwen_says_what_its_weights_lack(tiny, tmp_path):
             DynamicQwen(**options)
 
 
-STYLES = {
-    "dynamic_vit": {
-        "in_norm": "in_conv.0", "in_proj": "in_conv.1", "attention_norm": "norm1", "mlp_norm": "norm2",
-        "qkv": "attn.qkv", "out": "attn.proj", "up": "mlp.fc1", "down": "mlp.fc2", "blocks": "transformer",
-        "head.0": "out_conv.0", "head.1": "out_conv.2", "head.2": "out_conv.4",
-    },
-    "one_list": {
-        "in_norm": "layers.0", "in_proj": "layers.1", "attention_norm": "0", "mlp_norm": "2.0",
-        "qkv": "1.0", "out": "1.1", "up": "2.1", "down": "2.3", "blocks": "layers.7",
-        "head.0": "layers.10", "head.1": "layers.12", "head.2": "layers.14",
-    },
+RELEASED = {
+    "in_norm": "down_mlp.0", "in_proj": "down_mlp.1", "attention_norm": "norm1", "mlp_norm": "norm2",
+    "qkv": "attn.qkv", "out": "attn.proj", "up": "mlp.fc1", "down": "mlp.fc2",
+    "head.0": "output_mlp.0", "head.1": "output_mlp.2", "head.2": "output_mlp.4",
 }  # fmt: skip
 
 
-def renamed(name, style):
+def released(name):
     module, _, part = name.rpartition(".")
     if module.startswith("blocks."):
         _, number, inner = module.split(".")
-        return f"{style['blocks']}.{number}.{style[inner]}.{part}"
-    return f"{style[module]}.{part}"
+        return f"transformer.{number}.{RELEASED[inner]}.{part}"
+    return f"{RELEASED[module]}.{part}"
 
 
-@pytest.mark.parametrize("style", STYLES)
+def released_state(predictor, prefix="model.image_score_predictor."):
+    return {prefix + released(name): tensor for name, tensor in predictor.state_dict().items()}
+
+
 @pytest.mark.parametrize(
     "sizes",
     [{}, {"blocks": 11}, {"bias": False}, {"inner": 24}, {"inner": 64}, {"hidden": 64}, {"hidden": 64, "inner": 80}],
     ids=str,
 )
-def test_a_predictor_of_other_names_is_read_by_its_shapes(style, sizes):
-    """Inner size equal to the LLM's width, and hidden size equal to it, too: there the names break the tie."""
+@pytest.mark.parametrize("prefix", ["model.image_score_predictor.", "image_score_predictor.", ""])
+def test_a_published_predictor_is_read_by_its_names(prefix, sizes):
+    """Whatever its sizes: an inner size equal to the LLM's width, and a hidden size equal to it, too."""
     predictor = tiny_predictor(1, **sizes)
-    state = {renamed(name, STYLES[style]): tensor for name, tensor in predictor.state_dict().items()}
-    read = Predictor.from_state({f"a.image_score_predictor.{name}": t for name, t in reversed(state.items())})
+    state = released_state(predictor, prefix)
+    assert f"{prefix}transformer.0.attn.qkv.weight" in state
+    assert f"{prefix}transformer.0.attn.qkv.bias" not in state
+    read = Predictor.from_state(dict(reversed(state.items())))
     states = torch.randn(9, WIDTH)
     assert torch.equal(read(states), predictor(states))
 
 
-def test_a_predictor_with_q_k_and_v_apart():
-    predictor = tiny_predictor(2)
-    state = {}
-    for name, tensor in predictor.state_dict().items():
-        if name.endswith("qkv.weight"):
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                state[renamed(name, STYLES["dynamic_vit"]).replace("qkv", f"to_{letter}")] = part
-        else:
-            state[renamed(name, STYLES["dynamic_vit"])] = tensor
+@pytest.mark.parametrize("ending", ["safetensors", "bin", "shards"])
+def test_a_published_predictor_is_found_in_a_checkpoints_files(tmp_path, ending):
+    predictor = tiny_predictor(3)
+    state = {**released_state(predictor), "model.norm.weight": torch.ones(4)}
+    if ending == "bin":
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    elif ending == "safetensors":
+        save_file(state, tmp_path / "anything.safetensors")
+    else:
+        names = sorted(state)
+        files = {name: f"model-{1 + (number % 2)}.safetensors" for number, name in enumerate(names)}
+        for file in set(files.values()):
+            save_file({name: state[name] for name in names if files[name] == file}, tmp_path / file)
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     states = torch.randn(9, WIDTH)
-    assert torch.equal(Predictor.from_state(state)(states), predictor(states))
+    assert torch.equal(load_predictor(str(tmp_path))(states), predictor(states))
+
+
+def test_unknown_and_contradictory_predictors_are_one_line():
+    state = released_state(tiny_predictor(3))
+    for change, says in (
+        ({"model.image_score_predictor.gate.weight": torch.ones(3)}, r"predictor\.gate\.weight is unknown"),
+        ({"model.image_score_predictor.transformer.0.attn.q.weight": torch.ones(3)}, "attn.q.weight is unknown"),
+        ({"module.image_score_predictor.output_mlp.4.bias": torch.ones(2)}, "several predictors that differ"),
+    ):
+        with pytest.raises(InputError, match=says) as error:
+            Predictor.from_state({**state, **change}, "here")
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("broken", ["in_proj.weight", "head.2.weight", "blocks.1.qkv.weight", "blocks.0.mlp_norm.bias"])
 def test_a_broken_predictor_is_one_clear_line(broken):
     state = dict(tiny_predictor().state_dict())
-    for styled in (False, True):
-        left = {renamed(n, STYLES["dynamic_vit"]) if styled else n: t for n, t in state.items() if n != broken}
+    for published in (False, True):
+        left = {released(n) if published else n: t for n, t in state.items() if n != broken}
         with pytest.raises(InputError, match="predictor tensor") as error:
             Predictor.from_state(left, "here")
         assert "\n" not in str(error.value)
