@@ -7,7 +7,6 @@ vision tower's are there or are loaded from what `mm_vision_tower` names. docs/l
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -230,17 +229,17 @@ class OriginalLlava:
         return max(self.raw["vocab_size"], len(self.tokenizer))
 
     @cached_property
-    def _fusion(self) -> tuple[FusionConfig, dict[str, str]] | None:
-        """Sizes and names of a trained token fusion; None for LLaVA-1.5's projector."""
+    def _fusion(self) -> FusionConfig | None:
+        """Sizes of a trained token fusion; None for LLaVA-1.5's projector."""
         width, out = self.tower_config.hidden_size, self.raw["hidden_size"]
         shapes = {name: tensor.shape for name, tensor in self._parts[2].items() if not self.learned(name)}
         plain = {f"model.mm_projector.{number}.weight": size for number, size in ((0, (out, width)), (2, (out, out)))}
         if all(shapes.get(name) == size for name, size in plain.items()):
             return None
-        names = find_fusion(shapes, width, out, self.source)
-        first, last = shapes[names["multi_block.0"] + ".weight"], shapes[names["spatial.2"] + ".weight"]
+        check_fusion(shapes, width, out, self.source)
+        first, last = (shapes[f"{STF_NAMES[layer]}.weight"] for layer in ("multi_block.0", "spatial.2"))
         layers = fusion_layers(self.raw, first[1] // width, self.source)
-        return FusionConfig(layers, first[0], last[1]), names
+        return FusionConfig(layers, first[0], last[1])
 
     @cached_property
     def config(self) -> LlavaConfig:
@@ -250,7 +249,7 @@ class OriginalLlava:
         layer = self.raw.get("mm_vision_select_layer", -2)
         fields: dict[str, Any] = {"vision_feature_layer": layer, "image_seq_length": side * side}
         if self._fusion is not None:
-            fusion = self._fusion[0]
+            fusion = self._fusion
             fields |= {
                 "vision_feature_layer": list(fusion.layers),
                 "token_fusion": fusion.as_dict(),
@@ -281,7 +280,7 @@ class OriginalLlava:
         if images is None:
             size = self.tower_config.image_size
             images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-        window = self._fusion[0].window if self._fusion is not None else 1
+        window = self._fusion.window if self._fusion is not None else 1
         return LlavaProcessor(
             images,
             self.tokenizer,
@@ -311,7 +310,7 @@ class OriginalLlava:
             if name in state:
                 state[name] = self._grown(state[name])
         if self._fusion is not None:
-            places = {f"{old}.{part}": f"{new}.{part}" for new, old in self._fusion[1].items() for part in _PARTS}
+            places = {f"{old}.{part}": f"{new}.{part}" for new, old in STF_NAMES.items() for part in _PARTS}
         else:
             places = {
                 f"model.mm_projector.{n}.{part}": f"linear_{1 + n // 2}.{part}" for n in (0, 2) for part in _PARTS
@@ -319,9 +318,7 @@ class OriginalLlava:
         extra = {}
         for name, tensor in rest.items():
             if name in places:
-                read = tensor.read()
-                # A convolution's kernel is the linear layer's weight, channel by channel.
-                state[f"model.multi_modal_projector.{places[name]}"] = read.flatten(1) if read.ndim > 1 else read
+                state[f"model.multi_modal_projector.{places[name]}"] = tensor.read()
             elif self.learned(name):
                 extra[name] = tensor.read()
             else:
@@ -435,55 +432,41 @@ def fusion_layers(raw: Mapping[str, Any], count: int, source: str) -> tuple[int,
     )
 
 
-def find_fusion(shapes: Mapping[str, tuple[int, ...]], width: int, out: int, source: str) -> dict[str, str]:
-    """Which tensors are the four layers of LLaVA-STF's token fusion, by their shapes.
+STF_NAMES = {
+    "multi_block.0": "model.mm_projector_crosslayer.0",
+    "multi_block.2": "model.mm_projector_crosslayer.2",
+    "spatial.0": "model.mm_projector.0",
+    "spatial.2": "model.mm_projector.2",
+}
+"""The layers of `TokenFusion` by their names in LLaVA-STF's releases, whole checkpoints and `mm_projector.bin`."""
 
-    They are a chain: L w -> h1 -> w over the hidden states, window^2 w -> h2 -> d over a window. A linear layer may be
-    stored as a convolution. Where several assignments fit, the one in the order of names is taken.
+
+def check_fusion(shapes: Mapping[str, tuple[int, ...]], width: int, out: int, source: str) -> None:
+    """Whether LLaVA-STF's four layers are there and fit: L w -> h1 -> w over hidden states, 4 w -> h2 -> d over a window.
 
     Parameters
     ----------
     shapes: of the tensors outside of the language model and the tower. width, out: w and d.
 
-    Returns
-    -------
-    for `multi_block.0`, `multi_block.2`, `spatial.0`, `spatial.2` the name of the layer, without `.weight`.
-
     Raises
     ------
     InputError: no four layers that fit, or a layer without its bias.
     """
-    layers = {
-        name.removesuffix(".weight"): (shape[0], math.prod(shape[1:]))
-        for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) in (2, 4)
-    }
-    ordered = sorted(layers, key=_natural)
-
-    def fits(chain: tuple[str, ...]) -> bool:
-        (h1, joined), (narrow, h1_in), (h2, windows), (wide, h2_in) = (layers[name] for name in chain)
-        return (
-            (joined % width, h1_in, narrow) == (0, h1, width)
-            and (windows, h2_in, wide) == (WINDOW * WINDOW * width, h2, out)
-        )  # fmt: skip
-
-    found = [chain for chain in itertools.permutations(ordered, 4) if fits(chain)] if len(ordered) <= 8 else []
-    if not found:
-        seen = ", ".join(f"{name} {_shape(shapes[name + '.weight'])}" for name in ordered) or "none"
+    layers = [shapes.get(f"{name}.weight", ()) for name in STF_NAMES.values()]
+    windows = WINDOW * WINDOW * width
+    fits = all(len(layer) == 2 for layer in layers)
+    if fits:
+        (h1, joined), (narrow, h1_in), (h2, four), (wide, h2_in) = layers
+        fits = (joined % width, h1_in, narrow) == (0, h1, width) and (four, h2_in, wide) == (windows, h2, out)
+    if not fits:
+        seen = (
+            ", ".join(f"{n} {_shape(shape)}" for n, shape in sorted(shapes.items()) if n.endswith(".weight")) or "none"
+        )
         raise InputError(
             f"projector of '{source}' is neither LLaVA-1.5's nor STF's for a tower of width {width} and an LLM of "
-            f"{out}: STF weights of another width or layer list? L*{width} -> h1 -> {width} and "
-            f"{WINDOW * WINDOW * width} -> h2 -> {out} are needed, found: {seen}"
+            f"{out}: STF weights of another width or layer list? L*{width} -> h1 -> {width} in "
+            f"model.mm_projector_crosslayer and {windows} -> h2 -> {out} in model.mm_projector are needed, found: {seen}"
         )
-    chain = found[0]  # `permutations` gives the order of names first
-    if len(found) > 1:
-        log.warning("sizes do not tell the STF layers of %s apart; by their names: %s", source, ", ".join(chain))
-    for name in chain:
-        if shapes.get(f"{name}.bias") != shapes[f"{name}.weight"][:1]:
-            raise InputError(f"STF weights of '{source}' lack '{name}.bias' of {shapes[f'{name}.weight'][0]}")
-    return dict(zip(("multi_block.0", "multi_block.2", "spatial.0", "spatial.2"), chain, strict=True))
-
-
-def _natural(name: str) -> list[Any]:
-    """Sorts layer10 behind layer2."""
-    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]
+    for name, layer in zip(STF_NAMES.values(), layers, strict=True):
+        if shapes.get(f"{name}.bias") != layer[:1]:
+            raise InputError(f"STF weights of '{source}' lack '{name}.bias' of {layer[0]}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,14 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, CL
 from visionselector_eval.baselines import InputError, build
 from visionselector_eval.models import load_backbone
 from visionselector_eval.models.backbones.llava import VICUNA_TEMPLATE
-from visionselector_eval.models.backbones.llava_original import find_fusion, fusion_layers, is_original, tower_config
-from visionselector_eval.models.backbones.token_fusion import LAYERS, FusedLlava, FusionConfig, TokenFusion
+from visionselector_eval.models.backbones.llava_original import (
+    STF_NAMES,
+    check_fusion,
+    fusion_layers,
+    is_original,
+    tower_config,
+)
+from visionselector_eval.models.backbones.token_fusion import LAYERS, FusedLlava
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
 from visionselector_eval.models.loading import checkpoint_family, checkpoint_revision
 from visionselector_eval.models.tiny import checkpoint
@@ -27,13 +32,6 @@ from visionselector_eval.models.training.export import export_checkpoint
 from visionselector_eval.models.visionselector import Scorer
 
 TOWER = 48
-# What a release may call the four layers of a token fusion; all that is known is their sizes.
-STF_NAMES = {
-    "multi_block.0": "model.mm_projector.fuse.0",
-    "multi_block.2": "model.mm_projector.fuse.2",
-    "spatial.0": "model.mm_projector.merge.0",
-    "spatial.2": "model.mm_projector.merge.2",
-}
 
 
 def written(
@@ -41,7 +39,6 @@ def written(
     backbone: Any,
     *,
     tower: str = "folder",
-    names: dict[str, str] = STF_NAMES,
     torch_files: bool = False,
     shards: int = 1,
     **changes: Any,
@@ -52,7 +49,7 @@ def written(
     ----------
     tower: where the vision tower is: `folder` (config and weights), `checkpoint` (weights among the others, its
         configuration in a folder) or `nowhere`.
-    names: of the fusion's layers. torch_files: pytorch_model.bin. changes: over the fields of config.json.
+    torch_files: pytorch_model.bin. changes: over the fields of config.json.
     """
     folder.mkdir(parents=True)
     model, config = backbone.model, backbone.model.config
@@ -100,7 +97,7 @@ def written(
             name = "model.vision_tower.vision_tower.vision_model." + short.removeprefix("vision_tower.")
         elif short.startswith("multi_modal_projector."):
             layer, _, part = short.removeprefix("multi_modal_projector.").rpartition(".")
-            name = f"{({'linear_1': 'model.mm_projector.0', 'linear_2': 'model.mm_projector.2'} | names)[layer]}.{part}"
+            name = f"{({'linear_1': 'model.mm_projector.0', 'linear_2': 'model.mm_projector.2'} | STF_NAMES)[layer]}.{part}"
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             tensor = tensor[:-1]
         tensors[name] = tensor.detach().clone()
@@ -194,22 +191,15 @@ def test_stf_loads_from_files_of_any_kind(fused, tmp_path, torch_files, shards):
         assert checkpoint_revision(str(folder)) != before
 
 
-def test_stf_is_known_by_its_sizes_whatever_its_names(fused, tmp_path):
-    """Also where the layers are stored as convolutions, in another order."""
-    names = {
-        "multi_block.0": "z.a",
-        "multi_block.2": "y.b",
-        "spatial.0": "model.x.c",
-        "spatial.2": "model.mm_projector.d",
-    }
-    folder = written(tmp_path / "stf", fused, names=names, mm_vision_select_layer=[-2, 4, 2])
-
-    def to_convolutions(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["z.a.weight"] = tensors["z.a.weight"][:, :, None, None]
-        merge = tensors["model.x.c.weight"]
-        tensors["model.x.c.weight"] = merge.view(len(merge), TOWER, 2, 2)
-
-    assert_same(load_backbone(change(folder, to_convolutions)), fused)
+def test_stf_is_read_by_the_names_of_its_release(fused, tmp_path):
+    folder = written(tmp_path / "stf", fused, mm_vision_select_layer=[-2, 4, 2])
+    names = load_file(folder / "model.safetensors")
+    for layer in ("mm_projector_crosslayer.0", "mm_projector_crosslayer.2", "mm_projector.0", "mm_projector.2"):
+        assert {f"model.{layer}.weight", f"model.{layer}.bias"} <= set(names)
+    assert_same(load_backbone(folder), fused)
+    change(folder, lambda tensors: tensors.update({"z.a.weight": tensors.pop("model.mm_projector.0.weight")}))
+    with pytest.raises(InputError, match=r"neither LLaVA-1.5's nor STF's .*z.a.weight"):
+        load_backbone(folder)
 
 
 def test_what_was_read_is_written_as_our_own_and_loads_again(plain, fused, tmp_path):
@@ -269,8 +259,8 @@ def put(name: str, *shape: int) -> Any:
         (True, {}, None, "of another layer list: they read 3 hidden states, the published ones 8"),
         (True, {"mm_vision_select_layer": [-2, 4, 1, 2]}, None, "of another layer list: they read 3"),
         (True, {"mm_vision_select_layer": [-2, 4, 9]}, None, "hidden state 9 of the vision tower"),
-        (True, {"mm_vision_select_layer": [-2, 4, 2]}, drop("model.mm_projector.merge.0.bias"), "lack 'model.mm_proj"),
-        (True, {"mm_vision_select_layer": [-2, 4, 2]}, drop("model.mm_projector.merge.0.weight"), "another width"),
+        (True, {"mm_vision_select_layer": [-2, 4, 2]}, drop("model.mm_projector.0.bias"), "lack 'model.mm_proj"),
+        (True, {"mm_vision_select_layer": [-2, 4, 2]}, drop("model.mm_projector.0.weight"), "another width"),
         (True, {"mm_vision_select_layer": [-2, 4, 2]}, put("model.mm_projector.norm.weight", 48), "no place is known"),
     ],
 )
@@ -341,33 +331,28 @@ def test_a_sentencepiece_model_is_read_as_the_original_code_reads_it(plain, tmp_
 
 
 def published_shapes() -> dict[str, tuple[int, ...]]:
-    """Of the released 7B, under names that say nothing."""
-    sizes = {"a": (16384, 4096), "b": (4096, 8192), "c": (1024, 4096), "d": (4096, 16384)}
+    """Of the released 7B."""
+    sizes = {
+        "model.mm_projector_crosslayer.0": (4096, 8192),
+        "model.mm_projector_crosslayer.2": (1024, 4096),
+        "model.mm_projector.0": (16384, 4096),
+        "model.mm_projector.2": (4096, 16384),
+    }
     return {f"{n}.weight": size for n, size in sizes.items()} | {f"{n}.bias": size[:1] for n, size in sizes.items()}
 
 
-def test_the_published_sizes_are_told_apart():
-    found = find_fusion(published_shapes(), 1024, 4096, "x")
-    assert found == {"multi_block.0": "b", "multi_block.2": "c", "spatial.0": "a", "spatial.2": "d"}
+def test_the_published_sizes_fit():
+    check_fusion(published_shapes(), 1024, 4096, "x")
+    check_fusion(
+        {**published_shapes(), "model.mm_projector.2.weight": (5120, 16384), "model.mm_projector.2.bias": (5120,)},
+        1024,
+        5120,
+        "x",
+    )
     assert fusion_layers({"mm_vision_select_layer": -2}, 8, "x") == LAYERS
     assert fusion_layers({"mm_vision_select_layer": [23, 18, 12, 6]}, 4, "x") == (23, 18, 12, 6)
     with pytest.raises(InputError, match="another width"):
-        find_fusion(published_shapes(), 768, 4096, "x")
-
-
-def test_sizes_that_are_the_same_go_by_the_order_of_names(caplog):
-    """A tower and an LLM of one width, whose layers chain in more than one way."""
-    with torch.device("meta"):
-        fusion = TokenFusion(FusionConfig((1, 2, 3, 4), 32, 32), 16, 16)
-    names = {"multi_block.0": "f.2", "multi_block.2": "f.4", "spatial.0": "f.10", "spatial.2": "f.12"}
-    shapes = {
-        f"{names[layer]}.{part}": tuple(getattr(fusion.get_submodule(layer), part).shape)
-        for layer in names
-        for part in ("weight", "bias")
-    }
-    with caplog.at_level(logging.WARNING):
-        assert find_fusion(shapes, 16, 16, "x") == names
-    assert "by their names" in caplog.text
+        check_fusion(published_shapes(), 768, 4096, "x")
 
 
 def test_a_tower_is_known_by_its_tensors():
