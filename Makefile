@@ -46,8 +46,10 @@ types: install
 	@for package in $(PACKAGES); do ln -sfn ../../../$$package build/types/visionselector_eval/$$package; done
 
 # Pins that are in the file stay unless a range excludes them; `make lock UPGRADE=--upgrade` moves them all on.
-# Resolved for 3.11, then checked to be a complete solution for the newer ones.
-RESOLVE = $(BIN)/uv pip compile pyproject.toml --extra dev --python-platform x86_64-manylinux_2_28 \
+# Resolved for 3.11, then checked to be a complete solution for the newer ones. TORCH holds the lock to one release of
+# torch, several GB for each newer one.
+TORCH := torch==2.11.0 torchvision==0.26.0
+RESOLVE = $(BIN)/uv pip compile pyproject.toml --extra dev --constraint build/pins.txt --python-platform x86_64-manylinux_2_28 \
 	--no-annotate --no-header --no-emit-index-url --no-emit-find-links --no-emit-build-options --quiet
 
 bundle: install  ## wheels for a GPU machine without network, in build/bundle (BUNDLE='--python 3.11')
@@ -55,6 +57,7 @@ bundle: install  ## wheels for a GPU machine without network, in build/bundle (B
 
 lock: | $(BIN)/uv  ## resolve requirements.lock anew from pyproject.toml
 	mkdir -p build && touch requirements.lock && cp requirements.lock build/lock.txt
+	printf '%s\n' $(TORCH) > build/pins.txt
 	$(RESOLVE) --python-version 3.11 $(UPGRADE) --output-file build/lock.txt
 	for version in 3.12 3.13; do \
 		$(RESOLVE) --python-version $$version --constraint build/lock.txt --output-file build/lock-$$version.txt && \
