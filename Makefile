@@ -13,10 +13,10 @@ DEMO := --name demo --replace-stale --limit 16 --batch-size 8 --budgets 0.3 0.2 
 	--methods visionselector visionzip divprune random uniform downsample
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types bundle lock clean
+.PHONY: help install demo test test-lowest test-newest lint types bundle lock clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
 	@echo "PYTHON=python3.12 chooses the Python that $(VENV) is made with (3.11 or newer)."
 
 install: $(STAMP)  ## make .venv from requirements.lock, with this package editable (instant when up to date)
@@ -34,6 +34,12 @@ demo: install  ## sweep 7 compressors x 3 budgets over the embedded benchmarks a
 
 test: install lint  ## lint, then all tests, on all cores (WORKERS=2 for two of them)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
+
+test-lowest: install  ## the tests marked `versions` with the oldest dependencies admitted, on the oldest Python here
+	$(BIN)/python .ci/versions.py lowest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
+
+test-newest: install  ## the same with the newest dependencies admitted, on the newest Python here
+	$(BIN)/python .ci/versions.py newest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
 lint: types  ## style (ruff) and types (mypy)
 	$(BIN)/ruff check .

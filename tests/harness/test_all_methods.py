@@ -13,6 +13,7 @@ from visionselector_eval.harness.store import load_run
 TINY = ["--device", "cpu", "--dtype", "float32", "--attn-implementation", "sdpa", "--limit", "1"]
 
 
+@pytest.mark.versions
 @pytest.mark.slow
 def test_one_command_compares_all_of_them(tmp_path, capsys):
     """A cell for each method, and for a combination, on a picture, several pictures and a video; none failed."""

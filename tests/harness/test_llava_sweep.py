@@ -54,6 +54,7 @@ def test_the_published_suite_on_both_families(backbones, tmp_path, monkeypatch, 
     )
 
 
+@pytest.mark.versions
 def test_videos_fail_with_a_reason_and_pictures_go_on(backbones, tmp_path, capsys):
     """LLaVA-1.5 takes none: its video cells fail alone, the other family's do not."""
     folder = tmp_path / "run"

@@ -208,6 +208,7 @@ def mirrors(tmp_path_factory: pytest.TempPathFactory) -> Path:
 QUICK = ["--batch-size", "2", "--accumulation", "1", "--max-steps", "3", "--device", "cpu", "--report-to", "none"]
 
 
+@pytest.mark.versions
 def test_train_export_and_ask_with_the_result(mirrors, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     picture = next((mirrors.parent / "media").iterdir())

@@ -191,6 +191,7 @@ def test_one_vision_pass_serves_all(row: Row, subject):
     assert torch.equal(fresh.logits, reused.logits)
 
 
+@pytest.mark.versions
 @every_prompt
 @every_compressor
 def test_generate_equals_a_decode_by_hand(row: Row, subject, prompt):
@@ -224,6 +225,7 @@ def test_generate_equals_a_decode_by_hand(row: Row, subject, prompt):
             positions = torch.cat([positions, positions[:, -1:] + 1], 1)
 
 
+@pytest.mark.versions
 @every_family
 @every_compressor
 def test_nothing_is_left_behind(row: Row, subject):
@@ -236,6 +238,7 @@ def test_nothing_is_left_behind(row: Row, subject):
     assert torch.equal(backbone.model.generate(**inputs, **GREEDY), before)
 
 
+@pytest.mark.versions
 @every_family
 @every_compressor
 def test_bfloat16_runs(row: Row, subject):

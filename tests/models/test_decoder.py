@@ -140,6 +140,7 @@ RANKED = [
 CASES = ["one image", "two images", "video", "image and video", "batch of three", "batch with video"]
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("attention", ["tiny", "tiny_eager"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("method", RANKED, ids=lambda m: f"{m.name}-{getattr(m, 'rows', '')}-{getattr(m, 'layer', '')}")
@@ -222,6 +223,7 @@ LATER = [
 ]
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("attention", ["tiny", "tiny_eager"])
 @pytest.mark.parametrize("case", ["one image", "two images", "video", "image and video"])
 @pytest.mark.parametrize("method", LATER, ids=lambda m: f"{m.name}-{m.scope}")
@@ -256,6 +258,7 @@ def test_what_a_method_chose_is_what_the_layers_got(method, case, attention, req
             break
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("attention", ["tiny", "tiny_eager"])
 @pytest.mark.parametrize("case", ["one image", "batch of three"])
 def test_cache_holds_each_layers_own_length(case, attention, request):

@@ -292,6 +292,7 @@ def same_as_here(model_class: Any, tiny: Any, found: dict[str, list[dict[str, An
             assert count["visual_tokens_kept"] == parse_budget(0.2).count(count["visual_tokens_total"]) > 0
 
 
+@pytest.mark.versions
 def test_the_stock_command_runs_our_model(tmp_path, model_class, tiny):
     """`lmms-eval eval --model visionselector_qwen2_5_vl ...` in a process of its own: scores, answers, token counts."""
     tasks = [IMAGES, VIDEO]

@@ -217,6 +217,7 @@ def hooks_of(backbone: Any) -> list[tuple[str, int]]:
     return [(name, count) for name, count in counts if count]
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("row", COMPRESSORS, ids=str)
 def test_every_compressor_acts_on_fused_tokens(row: Row, prompt, fused, stock):

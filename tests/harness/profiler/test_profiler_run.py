@@ -204,6 +204,7 @@ def test_a_method_that_does_not_fit_is_a_line_and_exit_code_3(tmp_path, monkeypa
 # the command ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.versions
 def test_the_command_prints_the_table_and_reports_again(tmp_path, capsys) -> None:
     folder = str(tmp_path / "p")
     code, out, err = run(capsys, *FLAGS, "--output", folder)
@@ -264,6 +265,7 @@ def test_sweep_takes_its_profile_flags_together(capsys) -> None:
     assert "--warmup: input should be greater than or equal to 0" in capsys.readouterr().err
 
 
+@pytest.mark.versions
 def test_a_sweep_with_profile_puts_rows_beside_its_answers(tmp_path, capsys) -> None:
     flags = ["--methods", "divprune", "random", "--budgets", "0.2", "--tasks", "tiny_pope", "--limit", "2"]
     flags += ["--device", "cpu", "--seeds", "0", "1", "--output", str(tmp_path / "run")]
