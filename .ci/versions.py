@@ -75,7 +75,8 @@ def unreachable() -> str | None:
     said = uv("pip", "compile", "--quiet", "--no-cache", "-", input="packaging\n")
     if said is None or not UNREACHABLE.search(said):
         return None
-    return next(line.strip() for line in said.splitlines() if UNREACHABLE.search(line))
+    line = next(line for line in said.splitlines() if UNREACHABLE.search(line))
+    return line.strip().removeprefix("cause: ").removeprefix("hint: ")
 
 
 def environment(end: str, python: str) -> str | None:
