@@ -157,6 +157,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
     assert ours.model.config.image_token_id not in answer.tolist()[0]
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
 @pytest.mark.parametrize("tower", ["folder", "checkpoint"])
 def test_plain_llava_loads_as_it_is(plain, tmp_path, tower, model_type):
@@ -170,6 +171,7 @@ def test_plain_llava_loads_as_it_is(plain, tmp_path, tower, model_type):
     assert ours.model.generation_config.repetition_penalty == 1.05
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(("torch_files", "shards"), [(True, 1), (True, 2), (False, 2)])
 def test_stf_loads_from_files_of_any_kind(fused, tmp_path, torch_files, shards):
     folder = written(
@@ -291,6 +293,7 @@ def test_no_weights_and_a_tower_that_is_no_clip(plain, tmp_path):
         load_backbone(tmp_path / "b")
 
 
+@pytest.mark.versions
 def test_a_sentencepiece_model_is_read_as_the_original_code_reads_it(plain, tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     folder = written(tmp_path / "original", plain)
