@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from visionselector_eval.baselines.errors import InputError
 
+from .terminal import free_text, show_what_can_be_shown
+
 if TYPE_CHECKING:
     from .spec import MethodSpec
 
@@ -77,7 +79,8 @@ def _add_spec_flags(parser: argparse.ArgumentParser) -> None:
             kind = int if of_items is int else str
             parser.add_argument(flag, dest=name, nargs="+", metavar=metavar, type=kind, help=text)
         else:
-            parser.add_argument(flag, dest=name, metavar=name.upper(), type=_flag_type(info.annotation), help=text)
+            of_one = free_text if name == "system_prompt" else _flag_type(info.annotation)
+            parser.add_argument(flag, dest=name, metavar=name.upper(), type=of_one, help=text)
 
 
 def _shown(default: Any) -> str:
@@ -332,7 +335,7 @@ def _ask_parser() -> _Parser:
             "ask --video clip.mp4 'What happens?' --method uniform --budget 64tok --max-num-frames 8",
         ),
     )
-    parser.add_argument("question", help="the question, in quotes")
+    parser.add_argument("question", type=free_text, help="the question, in quotes")
     media = parser.add_mutually_exclusive_group()
     media.add_argument("--image", metavar="FILE", help="picture to ask about")
     media.add_argument("--video", metavar="FILE", help="video to ask about")
@@ -899,6 +902,7 @@ def _quiet_libraries(verbose: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. A user's mistake is one line on stderr and code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    show_what_can_be_shown()
     try:
         if given[:1] in (["--help"], ["-h"], ["help"]):
             sys.stdout.write(_overview() + "\n")

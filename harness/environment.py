@@ -48,7 +48,7 @@ def installed(name: str) -> str | None:
 def cpu_model() -> str:
     """The processor's name as the system gives it."""
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.lower().startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -132,6 +132,7 @@ def _git(root: Path, *arguments: str) -> str | None:
             timeout=10,
             check=True,
             env=clean,
+            encoding="utf-8",
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -164,7 +164,7 @@ def prepare_cambrian(
         "other": report.other,
         "damaged": report.damaged,
     }
-    (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return report
 
 

@@ -168,7 +168,7 @@ def weight_files(located: str, revision: str | None = None) -> dict[str, list[st
 
     if index := find("model.safetensors.index.json"):
         files: dict[str, list[str]] = {}
-        for name, file in json.loads(Path(index).read_text())["weight_map"].items():
+        for name, file in json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].items():
             files.setdefault(file, []).append(name)
         return {path: names for file, names in files.items() if (path := find(file)) is not None}
     if single := find("model.safetensors"):

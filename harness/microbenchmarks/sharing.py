@@ -143,6 +143,7 @@ def process(spec: SweepSpec, folder: Path, methods: Sequence[str], budgets: Sequ
         text=True,
         check=False,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        encoding="utf-8",
     )
     if done.returncode:
         raise RuntimeError(f"a sweep in a process of its own failed: {done.stderr}")

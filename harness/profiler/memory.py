@@ -97,7 +97,7 @@ class ResidentMemory:
 
     @staticmethod
     def _reset() -> None:
-        _CLEAR.write_text("5")
+        _CLEAR.write_text("5", encoding="utf-8")
 
     def begin(self, phase: str) -> None:
         trim_heap()

@@ -97,14 +97,16 @@ def finish_checkpoint(
     save_file(tensors, weights, metadata={"format": "pt"})
     weights.chmod(0o644)
     stored = folder / "config.json"
-    stored.write_text(stored.read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"'))
+    stored.write_text(
+        stored.read_text(encoding="utf-8").replace('"dtype": "float32"', '"dtype": "bfloat16"'), encoding="utf-8"
+    )
     lines = [
         json.dumps({"stage": stage, **json.loads(line)})
         for stage, path in logs.items()
-        for line in (path.read_text().splitlines() if path.is_file() else ())
+        for line in (path.read_text(encoding="utf-8").splitlines() if path.is_file() else ())
     ]
-    (folder / "training.jsonl").write_text("\n".join(lines) + "\n")
-    found = json.loads(figures.read_text()) if figures.is_file() else {"asked": {}, "other": {}}
+    (folder / "training.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    found = json.loads(figures.read_text(encoding="utf-8")) if figures.is_file() else {"asked": {}, "other": {}}
     tables = {part: "\n".join(f"| {name} | {value} |" for name, value in found[part].items()) for part in found}
     card = CARD.format(**_CARDS[family], **tables, note=f" {note}" if note else "")
-    (folder / "README.md").write_text(card)
+    (folder / "README.md").write_text(card, encoding="utf-8")

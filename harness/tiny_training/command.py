@@ -91,9 +91,9 @@ def _begin(spec: TinySpec, work: Path, overwrite: bool) -> None:
         if work.is_dir() and any(work.iterdir()) and not note.is_file():
             raise InputError(f"output '{work}' holds something else: give a new or empty folder")
         work.mkdir(parents=True, exist_ok=True)
-        if note.is_file() and note.read_text() != settings:
+        if note.is_file() and note.read_text(encoding="utf-8") != settings:
             raise InputError(f"'{work}' holds a training with other settings: give another output, or --overwrite")
-        note.write_text(settings)
+        note.write_text(settings, encoding="utf-8")
     except OSError as error:
         raise InputError(f"output '{work}' can't be written: {error.strerror or error}") from error
 
@@ -128,7 +128,7 @@ def _run(stage: Stage, spec: TinySpec, work: Path, told: Told | None) -> None:
 
 def _evaluate(net: Network, check: int, file: Path) -> None:
     figures = {"asked": evaluate(net, check), "other": evaluate(net, min(check, 200), asked=False)}
-    file.write_text(json.dumps(figures, indent=1) + "\n")
+    file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def _fuse(spec: TinySpec, work: Path, told: Told | None) -> None:
@@ -171,7 +171,7 @@ def assemble_fused(work: Path, note: str = "") -> Path:
     folder, source = work / "checkpoint-stf", work / fusion.STAGES[-1]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for name in json.loads((source / "fusion_config.json").read_text())["files"]:
+    for name in json.loads((source / "fusion_config.json").read_text(encoding="utf-8"))["files"]:
         shutil.copyfile(source / name, folder / name)
     logs = {stage: work / stage / "log.jsonl" for stage in fusion.STAGES}
     finish_checkpoint(folder, logs, work / "evaluate-stf.json", note, "llava_stf")

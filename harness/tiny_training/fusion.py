@@ -147,7 +147,7 @@ def begin(work: Path, steps: int, seed: int, advance: Callable[[int], None] | No
             advance(step + 1)
     folder = work / STAGES[0]
     save_learned(folder, fusion, KINDS["token-fusion"], {"backbone": {}, "training": {"kind": "begin"}, "data": {}})
-    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
     return folder
 
 

@@ -202,7 +202,7 @@ class LlavaNetwork(network.Network):
     @staticmethod
     def write_processors(folder: Path) -> None:
         for name, value in (("processor_config", PROCESSOR), ("preprocessor_config", IMAGE_PROCESSOR)):
-            (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
+            (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
     def positions(self, grid: Sequence[int], keep: Tensor, offsets: Tensor, prefix: int) -> Tensor:
         start = torch.arange(prefix).expand(len(keep), prefix)

@@ -314,10 +314,10 @@ class Network:
     @staticmethod
     def write_processors(folder: Path) -> None:
         """The configuration of what makes pixels of pictures and clips."""
-        (folder / "preprocessor_config.json").write_text(json.dumps(IMAGE_PROCESSOR, indent=2) + "\n")
+        (folder / "preprocessor_config.json").write_text(json.dumps(IMAGE_PROCESSOR, indent=2) + "\n", encoding="utf-8")
         video = {**IMAGE_PROCESSOR, "video_processor_type": "Qwen2VLVideoProcessor"}
         del video["image_processor_type"]
-        (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n")
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n", encoding="utf-8")
 
     def positions(self, grid: Sequence[int], keep: Tensor, offsets: Tensor, prefix: int) -> Tensor:
         """(axes, B, S) positions of `prefix` tokens, the kept visual tokens, and text that follows them.

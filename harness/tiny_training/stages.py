@@ -227,7 +227,7 @@ def train_stage(
         start = state["step"]
         log.info("%s goes on at step %d", stage, start)
     net = family(model)
-    journal = (work / f"{stage}.jsonl").open("a") if rank == 0 else None
+    journal = (work / f"{stage}.jsonl").open("a", encoding="utf-8") if rank == 0 else None
     last = min(steps, stop or steps)
     losses: list[float] = []
     seen: dict[str, list[int]] = defaultdict(lambda: [0, 0])

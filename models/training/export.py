@@ -317,7 +317,7 @@ def export_checkpoint(learned: str | Path, output: str | Path, pretrained: str |
     if isinstance(module, TokenFusion):
         return _export_fused(learned, module, output, source)
     located = checkpoint_folder(source)
-    width = json.loads((located / "config.json").read_text())
+    width = json.loads((located / "config.json").read_text(encoding="utf-8"))
     width = width.get("text_config", width).get("hidden_size")
     if width != module.width:
         raise InputError(f"{kind.name} '{learned}' has width {module.width} but backbone {source} has {width}")
@@ -371,7 +371,7 @@ def _is_part(name: str, kind: Kind) -> bool:
 
 def _write_sharded(located: Path, folder: Path, state: Mapping[str, Tensor], replaced: set[str]) -> None:
     """Shards as they are, and one more with the new tensors."""
-    index = json.loads((located / _INDEX).read_text())
+    index = json.loads((located / _INDEX).read_text(encoding="utf-8"))
     places: dict[str, str] = index["weight_map"]
     dropped = 0
     for shard in sorted(set(places.values())):
@@ -389,7 +389,7 @@ def _write_sharded(located: Path, folder: Path, state: Mapping[str, Tensor], rep
     meta = index.setdefault("metadata", {})
     if "total_size" in meta:
         meta["total_size"] += sum(t.nbytes for t in state.values()) - dropped
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def extract_learned(checkpoint: str, output: str | Path, kind: Kind) -> Path:
@@ -408,7 +408,7 @@ def extract_learned(checkpoint: str, output: str | Path, kind: Kind) -> Path:
         if not any(_is_part(name, kind) for names in weight_files(str(located)).values() for name in names):
             raise InputError(f"checkpoint '{checkpoint}' holds no predictor (*.{MARK}*)")
         module = load_predictor(str(located))
-    family = json.loads((located / "config.json").read_text()).get("model_type")
+    family = json.loads((located / "config.json").read_text(encoding="utf-8")).get("model_type")
     backbone = {"id": checkpoint, "revision": folder_fingerprint(located), "family": family}
     folder = _new_folder(output)
     save_learned(folder, module, kind, {"backbone": backbone, "extracted_from": checkpoint})

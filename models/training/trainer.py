@@ -155,7 +155,7 @@ def last_checkpoint(folder: Path) -> Path | None:
         needed = ("model.safetensors", "optimizer.pt", "scheduler.pt")
         # Written after everything else of the process that writes it.
         try:
-            json.loads((path / "trainer_state.json").read_text())
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if all((path / name).is_file() for name in needed):
@@ -378,7 +378,7 @@ def _begin(folder: Path, course: dict[str, Any], spec: TrainSpec, processes: int
     noted = folder / _STARTED
     if noted.is_file():
         try:
-            before = json.loads(noted.read_text())
+            before = json.loads(noted.read_text(encoding="utf-8"))
         except ValueError:
             before = {}
         now = json.loads(json.dumps(course))

@@ -143,7 +143,7 @@ def _write(documents: list[Document], folder: Path, made_by: Mirror) -> None:
         "content_sha256": content_hash(documents),
         "files": _file_hashes(folder),
     }
-    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _png(pixels: np.ndarray) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _file_hashes(folder: Path) -> dict[str, str]:
 
 def _open(name: str, folder: Path, n: int) -> Stored:
     try:
-        record = json.loads((folder / "record.json").read_text())
+        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
         intact = record["files"] == _file_hashes(folder) and record["documents"] == n
     except (OSError, ValueError, KeyError, TypeError):
         intact = False
@@ -221,7 +221,7 @@ def write_bindings(
             folder.parent.mkdir(parents=True, exist_ok=True)
             made = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
             for file_name, text in texts.items():
-                (made / file_name).write_text(text)
+                (made / file_name).write_text(text, encoding="utf-8")
             made.chmod(0o755)
             try:
                 made.rename(folder)
