@@ -11,20 +11,20 @@ from visionselector_eval.baselines.errors import InputError
 
 _HANDLER = "visionselector_eval.ascii"
 _LOOK_ALIKES = {
-    "≈": "~",
-    "±": "+-",
-    "·": "-",
-    "×": "x",
-    "…": "...",
-    "→": "->",
-    "–": "-",
-    "—": "-",
-    "≤": "<=",
-    "≥": ">=",
-    "‘": "'",
-    "’": "'",
-    "“": '"',
-    "”": '"',
+    "\N{ALMOST EQUAL TO}": "~",
+    "\N{PLUS-MINUS SIGN}": "+-",
+    "\N{MIDDLE DOT}": "-",
+    "\N{MULTIPLICATION SIGN}": "x",
+    "\N{HORIZONTAL ELLIPSIS}": "...",
+    "\N{RIGHTWARDS ARROW}": "->",
+    "\N{EN DASH}": "-",
+    "\N{EM DASH}": "-",
+    "\N{LESS-THAN OR EQUAL TO}": "<=",
+    "\N{GREATER-THAN OR EQUAL TO}": ">=",
+    "\N{LEFT SINGLE QUOTATION MARK}": "'",
+    "\N{RIGHT SINGLE QUOTATION MARK}": "'",
+    "\N{LEFT DOUBLE QUOTATION MARK}": '"',
+    "\N{RIGHT DOUBLE QUOTATION MARK}": '"',
 }
 
 
