@@ -34,8 +34,9 @@ _LEGEND = (
     "Row minus the row named above, in points (100 = the largest score; where the metric is no mean over documents, "
     "100 = all of them right), positive where the row is the better one.",
     "In brackets the 95 % paired t interval over the same documents (over clusters of them where a task has any), with "
-    "no correction for the number of comparisons; ≈ where it holds 0. mean: plain mean over the benchmarks; it is left "
-    "out where one of them has no interval.",
+    "no correction for the number of comparisons; ≈ where it holds 0. Fewer than "
+    f"{stats.MINIMUM_UNITS} documents (clusters) give none: {stats.TOO_FEW}. mean: plain mean over the benchmarks; it "
+    "is left out where one of them can't be compared, and has no interval where one of them has none.",
 )
 
 
@@ -80,7 +81,9 @@ def against(
         together = None
         if all(part is not None for part in parts) and set(own) == set(base):
             together = stats.mean_of_differences([part for part in parts if part is not None])
-        rows.append(_row((backbone, label, budget, MEAN), together, "" if together else "not every task has one"))
+        missing = stats.TOO_FEW if together else "not every task has one"
+        complete = together is not None and math.isfinite(together.low)
+        rows.append(_row((backbone, label, budget, MEAN), together, "" if complete else missing))
     if not rows:
         raise InputError(f"this run holds nothing beside '{reference}' that could be compared with it")
     table = pd.DataFrame(rows, columns=list(COLUMNS))
@@ -125,7 +128,8 @@ def _points(entry: Entry, other: Entry | None, name: str) -> tuple[stats.Interva
     interval = paired(entry, other) if scale > 0 else None  # nan, too, is not above 0
     if interval is None:
         return None, "no score for each document" if scale > 0 else "the largest score is not known"
-    return stats.scaled(interval, (100 if entry.first("higher_is_better") else -100) / scale), ""
+    note = "" if math.isfinite(interval.low) else stats.TOO_FEW
+    return stats.scaled(interval, (100 if entry.first("higher_is_better") else -100) / scale), note
 
 
 def _row(key: tuple[str, str, str, str], interval: stats.Interval | None, note: str) -> dict[str, object]:
@@ -179,5 +183,5 @@ def _text(table: pd.DataFrame, heading: str, style: str, mark: str) -> str:
 def _cell(row: pd.Series) -> str:
     if math.isnan(row["difference"]):
         return "-"
-    bounds = f" [{row['low']:.1f}, {row['high']:.1f}]" if math.isfinite(row["low"]) else ""
+    bounds = f" [{row['low']:.1f}, {row['high']:.1f}]" if math.isfinite(row["low"]) else f" ({stats.TOO_FEW})"
     return f"{'≈ ' if row['distinguishable'] is False else ''}{row['difference']:+.1f}{bounds}"

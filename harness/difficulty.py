@@ -22,7 +22,7 @@ from visionselector_eval.baselines.budget import Share, parse_budget
 from visionselector_eval.baselines.errors import InputError
 
 from .leaderboard import REFERENCE, backbone_remarks, budget_order, budget_text, prepared, titled
-from .stats import paired_difference, t_quantile
+from .stats import MINIMUM_UNITS, paired_difference, t_quantile
 from .store import Run, load_run, write_atomic
 
 CONTROL = "downsample"
@@ -60,7 +60,8 @@ _LEGEND = (
     "A: documents that `full` answers right and `downsample` wrong, at the budget named; B: those that both answer "
     "right. The rest are documents that `full` answers wrong (VTC-Bench, arXiv 2510.07143).",
     f"on A, on B: share answered right, with its 95 % interval (Wilson; where documents share a picture or video, with "
-    f"as many documents as they are worth). Too few: a group of fewer than {MINIMUM} documents.",
+    f"as many documents as they are worth). Too few: a group of fewer than {MINIMUM} documents, or "
+    f"of fewer than {MINIMUM_UNITS} pictures or videos that they share.",
     f"Right: at least {THRESHOLD:g} of the largest score of a document, so for ANLS and VQA accuracy 0.5. "
     "score is the task's own metric over all documents.",
     "`downsample` itself is 0 on A and 1 on B by definition, `full` 1 on both. Read A and B together: a method may "
@@ -128,7 +129,7 @@ def difficulty(cells: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
     -------
     One row a finished cell besides `full` and `downsample`, columns `COLUMNS`; the groups' ones end in `_a` and `_b`.
     Where the split can't be made `note` says why and the numbers are missing. `enough_a` and `enough_b` say whether the
-    group has `MINIMUM` documents. `share_right` is over all scored documents.
+    group has `MINIMUM` documents, in `MINIMUM_UNITS` clusters. `share_right` is over all scored documents.
 
     Raises
     ------
@@ -265,7 +266,8 @@ def _split(
         found = proportion(right[members].tolist(), None if clusters is None else clusters[members].tolist())
         n = int(members.sum())
         out |= {f"n_{name}": n, f"accuracy_{name}": found.share, f"low_{name}": found.low, f"high_{name}": found.high}
-        out[f"enough_{name}"] = n >= MINIMUM
+        units = n if clusters is None else clusters[members].nunique()
+        out[f"enough_{name}"] = n >= MINIMUM and int(units) >= MINIMUM_UNITS
     return out
 
 

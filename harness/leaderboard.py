@@ -64,7 +64,8 @@ _LEGEND = (
     MEANING,
     "95 % vs full: paired t interval over the same documents (over clusters of them where a task has any) "
     "of the difference to full, in points of relative %, with full's score taken as exact; no correction "
-    "for the number of comparisons. It is approximate for few documents.",
+    "for the number of comparisons. Where a task has fewer than "
+    f"{stats.MINIMUM_UNITS} documents (clusters): {stats.TOO_FEW}, and no mark says whether rows can be told apart.",
     "≈ marks what is not distinguishable: the interval of the difference to full holds 0. `best` has the "
     "highest mean of its budget; other rows of that budget are compared with it in the same way.",
     "Kept tokens: visual tokens that entered the LLM, measured, mean over the documents of a task, then "
@@ -417,8 +418,8 @@ def obstacle(entry: Entry, other: Entry | None, name: str = "full") -> str:
 
 
 def paired(entry: Entry, other: Entry) -> stats.Interval | None:
-    """The mean difference of two entries over the same documents, in units of their scores; None where there is no
-    interval."""
+    """The mean difference of two entries over the same documents, in units of their scores; without an interval where
+    they are too few, None where documents have no scores."""
     if entry.documents is None or other.documents is None or not entry.documents.index.equals(other.documents.index):
         return None
     clusters = None
@@ -427,7 +428,19 @@ def paired(entry: Entry, other: Entry) -> stats.Interval | None:
     interval = stats.paired_difference(
         entry.documents["score"].to_numpy(), other.documents["score"].to_numpy(dtype="float64"), clusters
     )
-    return interval if math.isfinite(interval.low) else None
+    return stats.shown(interval) if math.isfinite(interval.difference) else None
+
+
+def _told_apart(interval: stats.Interval) -> bool | None:
+    """Whether two rows can be told apart; None where too few documents leave that open."""
+    return stats.distinguishable(interval) if math.isfinite(interval.low) else None
+
+
+def _findings(interval: stats.Interval) -> dict[str, Any]:
+    """An interval's columns: its ends, or why there are none."""
+    if not math.isfinite(interval.low):
+        return {"interval_note": stats.TOO_FEW}
+    return {"low": interval.low, "high": interval.high}
 
 
 def _relative_points(entry: Entry, other: Entry, full: Entry) -> stats.Interval | None:
@@ -462,6 +475,7 @@ def _task_row(key: tuple[str, str, str], task: str, row: Mapping[str, Entry], fu
         "low": math.nan,
         "high": math.nan,
         "distinguishable": None,
+        "interval_note": "",
         "n_documents": 0,
         "needs_submission": False,
         "kept_tokens": math.nan,
@@ -498,8 +512,8 @@ def _task_row(key: tuple[str, str, str], task: str, row: Mapping[str, Entry], fu
     assert full is not None
     out["relative"] = stats.relative(entry.score, full.score, bool(entry.first("higher_is_better")))
     if _method(row) != REFERENCE and (interval := paired(entry, full)) is not None:
-        out |= {"difference": interval.difference, "low": interval.low, "high": interval.high}
-        out["distinguishable"] = stats.distinguishable(interval)
+        out |= {"difference": interval.difference, **_findings(interval)}
+        out["distinguishable"] = _told_apart(interval)
     return out
 
 
@@ -534,6 +548,7 @@ def _summary_row(
         "distinguishable_from_full": None,
         "best_of_budget": False,
         "distinguishable_from_best": None,
+        "interval_note": "",
         "kept_tokens": kept_tokens,
         "total_tokens": total_tokens,
         "layer_tokens": layer_tokens,
@@ -542,21 +557,20 @@ def _summary_row(
     }
     names = [str(line["task"]) for line in counted]
     if method != REFERENCE and (interval := _row_interval(row, full, full, names)) is not None:
-        out |= {"low": interval.low, "high": interval.high}
-        out["distinguishable_from_full"] = stats.distinguishable(interval)
+        out |= _findings(interval)
+        out["distinguishable_from_full"] = _told_apart(interval)
     return out
 
 
 def _row_interval(
     row: Mapping[str, Entry], other: Mapping[str, Entry], full: Mapping[str, Entry], tasks: Sequence[str]
 ) -> stats.Interval | None:
-    """The difference of two rows' mean relative % over `tasks`; None unless every one of them has an
-    interval."""
+    """The difference of two rows' mean relative % over `tasks`; without an interval where one of them has too few
+    documents, None unless the documents of every one have scores."""
     parts = [_relative_points(row[task], other[task], full[task]) for task in tasks]
     if not parts or any(part is None for part in parts):
         return None
-    interval = stats.mean_of_differences([part for part in parts if part is not None])
-    return interval if math.isfinite(interval.low) else None
+    return stats.mean_of_differences([part for part in parts if part is not None])
 
 
 def _ranked(
@@ -599,7 +613,7 @@ def _ranked(
             if task in entries and task in leader and math.isfinite(stats.relative(full[task].score, full[task].score))
         ]
         if (interval := _row_interval(entries, leader, full, names)) is not None:
-            row["distinguishable_from_best"] = stats.distinguishable(interval)
+            row["distinguishable_from_best"] = _told_apart(interval)
     for row in rows:
         if row["best_of_budget"] and sum(other["budget"] == row["budget"] for other in rows if other is not row) == 0:
             row["best_of_budget"] = False  # alone in its budget: nothing to be best of
@@ -704,6 +718,12 @@ def _kept_text(row: Mapping[str, Any]) -> str:
     return text
 
 
+def _interval_text(row: Mapping[str, Any]) -> str:
+    if math.isfinite(row["low"]):
+        return f"[{row['low']:+.1f}, {row['high']:+.1f}]"
+    return str(row["interval_note"]) or "-"
+
+
 def _display(summary: pd.DataFrame, tidy: pd.DataFrame, tasks: pd.DataFrame) -> pd.DataFrame:
     scales = {(row["backbone"], row["task"]): float(row["scale"]) for row in _records(tasks)}
     lines = {(line["backbone"], line["label"], line["budget"], line["task"]): line for line in _records(tidy)}
@@ -723,7 +743,7 @@ def _display(summary: pd.DataFrame, tidy: pd.DataFrame, tasks: pd.DataFrame) -> 
             shown[task] = "-" if line is None else _score_text(line, scales[row["backbone"], task])
         shown |= {
             "mean rel. %": mean,
-            "95 % vs full": f"[{row['low']:+.1f}, {row['high']:+.1f}]" if math.isfinite(row["low"]) else "-",
+            "95 % vs full": _interval_text(row),
             "kept tokens": _kept_text(row),
             "kept": f"{100 * row['share_kept']:.1f}%" if math.isfinite(row["share_kept"]) else "-",
             "remark": _remark(row),

@@ -16,6 +16,13 @@ from statistics import NormalDist
 
 import numpy as np
 
+MINIMUM_UNITS = 8
+"""Fewest independent documents, or clusters of them, from which tables show an interval: below it the t quantile
+widens the interval up to sixfold (2.4 at 7 degrees of freedom, 12.7 at 1), so it says nothing about a method."""
+
+TOO_FEW = "too few documents"
+"""What stands in place of an interval from fewer than `MINIMUM_UNITS`."""
+
 _ROUNDING = 1e-12
 _SIGN_TEST_MINIMUM = 6  # 2 * 0.5**5 > 0.05: with fewer units no sign test can reject at 5 %
 
@@ -116,6 +123,13 @@ def scaled(interval: Interval, factor: float) -> Interval:
     """The interval of `factor` times the difference; a negative factor turns it round."""
     low, high = sorted((interval.low * factor, interval.high * factor))
     return Interval(interval.difference * factor, low, high, interval.se * abs(factor), interval.units, interval.df)
+
+
+def shown(interval: Interval) -> Interval:
+    """The interval as tables show it: without its ends where it comes from fewer than `MINIMUM_UNITS`."""
+    if interval.units >= MINIMUM_UNITS:
+        return interval
+    return Interval(interval.difference, math.nan, math.nan, math.nan, interval.units, math.nan)
 
 
 def distinguishable(interval: Interval) -> bool:

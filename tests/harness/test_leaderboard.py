@@ -16,7 +16,7 @@ import pytest
 
 from visionselector_eval.baselines import InputError
 from visionselector_eval.harness import stats
-from visionselector_eval.harness.against import MEAN, against
+from visionselector_eval.harness.against import MEAN, _cell, against
 from visionselector_eval.harness.leaderboard import Leaderboard, build_leaderboard, write
 from visionselector_eval.harness.store import CellRecord, Run, digest_of
 
@@ -166,12 +166,48 @@ def test_within_a_budget_rows_are_compared_with_the_best() -> None:
 
 def test_clusters_widen_the_interval() -> None:
     alone, together = Table(), Table()
-    clusters = [f"video {number // 5}" for number in range(20)]
+    clusters = [f"video {min(number // 2, 7)}" for number in range(20)]
     alone.add("full", "1", "video", RIGHT).add("good", "0.1", "video", flipped(5))
     together.add("full", "1", "video", RIGHT, clusters=clusters)
     together.add("good", "0.1", "video", flipped(5), clusters=clusters)
     assert row(alone.board(), "good", "0.1")["distinguishable_from_full"] is True
-    assert row(together.board(), "good", "0.1")["distinguishable_from_full"] is False
+    wide, narrow = row(together.board(), "good", "0.1"), row(alone.board(), "good", "0.1")
+    assert wide["high"] - wide["low"] > narrow["high"] - narrow["low"]
+
+
+@pytest.mark.parametrize(
+    ("documents", "videos", "enough"), [(2, 2, False), (7, 7, False), (8, 8, True), (20, 7, False)]
+)
+def test_too_few_documents_have_no_interval_anywhere(documents: int, videos: int, enough: bool) -> None:
+    table = Table()
+    right = [float(number != 3) for number in range(documents)]
+    clusters = [f"video {number % videos}" for number in range(documents)]
+    for label, budget, scores in (("full", "1", right), ("good", "0.1", right), ("bad", "0.1", flipped(1, right))):
+        table.add(label, budget, "few", scores, clusters=clusters)
+        table.add(label, budget, "many", RIGHT)
+    board = table.board()
+    text = shown(board, "bad", "10%")["95 % vs full"]
+    assert (text == "too few documents") is not enough
+    assert ("too few documents" in row(board, "bad", "0.1")["interval_note"]) is not enough
+    line = board.tidy[(board.tidy["label"] == "bad") & (board.tidy["task"] == "few")].iloc[0]
+    assert math.isnan(line["low"]) is not enough
+    assert (line["distinguishable"] is None) is not enough
+    assert (row(board, "bad", "0.1")["distinguishable_from_best"] is None) is not enough
+    assert line["difference"] == pytest.approx(-1 / documents)
+    renderings = (board.to_markdown(), board.to_html(), board.to_latex(), board.to_terminal(), board.to_terminal(60))
+    for rendering in renderings:
+        table_alone = rendering.partition("\n- Relative")[0].partition("<ul>")[0].partition("\n% Relative")[0]
+        assert ("too few" in table_alone) is not enough
+    csv = pd.read_csv(io.StringIO(board.to_csv())).set_index("label")
+    assert math.isnan(csv.loc["bad", "low"]) is not enough
+    found = differences(table, "good")
+    for task in ("few", MEAN):
+        held = found["tiny", "bad", "0.1", task]
+        assert held["difference"] < 0
+        assert math.isnan(held["low"]) is not enough
+        assert held["note"] == ("" if enough else "too few documents")
+        assert (_cell(held).endswith("(too few documents)")) is not enough
+    assert math.isfinite(found["tiny", "bad", "0.1", "many"]["low"])
 
 
 def test_lower_is_better() -> None:
@@ -199,7 +235,7 @@ def test_seeds_are_averaged_and_their_spread_shown() -> None:
 
 
 def test_equal_seeds_differ_from_full_by_nothing() -> None:
-    third = [0.1, 0.7, 1 / 3, 0.9, 0.3, 0.6, 0.2]
+    third = [0.1, 0.7, 1 / 3, 0.9, 0.3, 0.6, 0.2, 0.8]
     table = Table().add("full", "1", "docvqa_val", third)
     for seed in range(3):
         table.add("random", "0.1", "docvqa_val", third, seed=seed)
