@@ -72,7 +72,7 @@ def _add_spec_flags(parser: argparse.ArgumentParser) -> None:
         shown = "" if default in (None, [], {}) else f" (default: {_shown(default)})"
         text = f"{info.description}{shown}".replace("%", "%%")
         if typing.get_origin(info.annotation) in (list, dict):
-            metavar = {"methods": "NAME[:OPTION=VALUE,...]", "generation": "KEY=VALUE"}.get(
+            metavar = {"methods": "NAME[:OPTION=VALUE,...]", "generation": "KEY=VALUE", "metric": "TASK=NAME"}.get(
                 name, name.upper().rstrip("S")
             )
             of_items = typing.get_args(info.annotation)[0]
@@ -120,6 +120,8 @@ def _spec_from(arguments: argparse.Namespace) -> Any:
     given = {name: getattr(arguments, name) for name in SweepSpec.model_fields if getattr(arguments, name) is not None}
     if "methods" in given:
         given["methods"] = [_method(text) for text in given["methods"]]
+    if "metric" in given:
+        given["metric"] = {task: str(name) for task, name in _pairs(given["metric"], "metric").items()}
     if "generation" in given:
         given["generation"] = _pairs(given["generation"], "generation setting")
     if "tasks" in given and "suite" not in given:
@@ -661,7 +663,7 @@ def _check(arguments: argparse.Namespace) -> int:
     return EXIT_FAILED_CELLS if problems else EXIT_OK
 
 
-_TASK_ACTIONS = ("fetch", "list", "layout", "include")
+_TASK_ACTIONS = ("fetch", "list", "layout", "include", "check")
 
 
 def _add_task_flags(parser: argparse.ArgumentParser, data_root: str) -> None:
@@ -682,7 +684,8 @@ def _tasks_parser() -> _Parser:
         description="The data of the benchmarks. fetch: download what is missing to a folder that `sweep --data-root`\n"
         "reads, where a hub is reachable, else print the folder's layout; run it again to go on. list: the tasks.\n"
         "layout: which files a data root wants. include: write task files of the embedded benchmarks (or of those\n"
-        "named) for the stock command, and print their folder: lmms-eval eval --include_path FOLDER.",
+        "named) for the stock command, and print their folder: lmms-eval eval --include_path FOLDER. check: which\n"
+        "tasks of lmms-eval (or of those named) have a headline metric that is a guess; `sweep --metric TASK=NAME` chooses.",
         epilog=_example(
             "tasks layout --tasks chartqa videomme --data-root /data/benchmarks",
             "tasks fetch --suite visionselector13 --data-root /data/benchmarks",
@@ -710,6 +713,13 @@ def _tasks(arguments: argparse.Namespace) -> int:
         return EXIT_OK
     if arguments.action == "include":
         _print(_include_folder(names, arguments.data_root))
+        return EXIT_OK
+    if arguments.action == "check":
+        if arguments.data_root:
+            raise InputError("tasks check takes no --data-root: it reads task files, no data")
+        from .listing import headlines
+
+        _print(headlines(names))
         return EXIT_OK
     if not names:
         raise InputError(f"tasks {arguments.action} which? give --suite or --tasks, e.g. --tasks chartqa")

@@ -113,11 +113,13 @@ def backbone_of(unit: Unit) -> Backbone:
     return _loaded[key]
 
 
-def bound_task(task: str, base_model: str, limit: int | None, data_root: str | None = None) -> binding.BoundTask:
+def bound_task(
+    task: str, base_model: str, limit: int | None, data_root: str | None = None, metric: str | None = None
+) -> binding.BoundTask:
     """lmms-eval's task with its documents, loaded once in this process."""
-    key = (task, base_model, limit, data_root)
+    key = (task, base_model, limit, data_root, metric)
     if key not in _bound:
-        _bound[key] = binding.bind(task, base_model=base_model, limit=limit, data_root=data_root)
+        _bound[key] = binding.bind(task, base_model=base_model, limit=limit, data_root=data_root, metric=metric)
     return _bound[key]
 
 

@@ -50,3 +50,12 @@ def render(what: Sequence[str]) -> str:
     """The lists asked for: compressors, backbones, suites, tasks."""
     makers = {"compressors": _compressors, "backbones": _backbones, "suites": _suites, "tasks": _tasks}
     return "\n\n".join(makers[name]() for name in what)
+
+
+def headlines(names: Sequence[str]) -> str:
+    """The tasks (of those named, else of all of lmms-eval) whose headline metric is a guess, one a line."""
+    from visionselector_eval.tasks.headline import guesses
+
+    number, found = guesses(names)
+    lines = [f"{task}: {made.note()}" for task, made in found.items()]
+    return "\n".join([*lines, f"{len(found)} of {number} tasks have a headline metric that is a guess"])

@@ -179,6 +179,11 @@ class SweepSpec(_Strict):
         description="a document that can't be read or that the processor refuses: fail the cell, or skip it "
         "(it counts as unanswered, and the result says how many)",
     )
+    metric: dict[str, str] = Field(
+        default_factory=dict,
+        description="headline metric of a task, over that of suites.yaml or of the task's definition, e.g. "
+        "{mmstar: average}; `tasks check` lists tasks whose headline is a guess",
+    )
     generation: dict[str, Any] = Field(
         default_factory=dict, description="over the tasks' own generation settings, e.g. {max_new_tokens: 16}"
     )
@@ -230,6 +235,9 @@ class SweepSpec(_Strict):
             )
         for task in self.task_names():
             check_limit(task, self.limit, known[task].pair if task in known else 1)
+        for task in self.metric:
+            if task not in self.task_names():
+                raise unknown("task of this sweep", task, self.task_names())
         return self
 
     def task_names(self) -> list[str]:

@@ -145,6 +145,7 @@ class CellRecord(BaseModel):
     metric: str = Field(default="", description="name of the headline metric")
     score: float | None = Field(default=None, description="the headline metric; None where it could not be computed")
     metrics: dict[str, float | None] = Field(default_factory=dict, description="every metric that the task reported")
+    metric_note: str = Field(default="", description="why the headline metric is a guess; empty where it is none")
     higher_is_better: bool = True
     scale: float | None = Field(default=1.0, description="largest possible score: 1, 100, 2000 (MME); None: not known")
     mean_of_documents: bool = Field(

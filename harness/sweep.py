@@ -78,6 +78,7 @@ class Group:
     n_documents: int
     cells: tuple[PlannedCell, ...]
     data_root: str | None = None
+    metric: str | None = None
 
     @property
     def missing(self) -> list[PlannedCell]:
@@ -143,17 +144,23 @@ def plan(spec: SweepSpec, run: Run | None, device: str) -> Plan:
     groups: dict[tuple[str, str], list[PlannedCell]] = {}
     sizes: dict[tuple[str, str], int] = {}
     names: dict[tuple[str, str], tuple[str, str]] = {}
+    metrics: dict[tuple[str, str], str] = {}
     problems: dict[tuple[str, str], InputError] = {}
     for cell in cells_of(spec):
         name = cell.backbone.pretrained
         key = (name, cell.task)
         if key not in names:
             try:
-                bound = bound_task(cell.task, families[name], spec.limit, data_root)
+                metric = spec.metric.get(cell.task)
+                bound = bound_task(cell.task, families[name], spec.limit, data_root, metric)
                 prompts = _prompts_hash(bound, spec.protocol_of(cell.backbone))
                 names[key], sizes[key] = (bound.data_hash, prompts), bound.n_documents
+                if metric is not None or cell.task not in load_suites().tasks:
+                    metrics[key] = bound.entry.metric
+                if bound.entry.guess:
+                    log.warning("%s: %s; choose with --metric %s=NAME", cell.task, bound.entry.guess, cell.task)
             except InputError as problem:
-                if not _task_exists(cell.task, families[name]):
+                if not _task_exists(cell.task, families[name]) or str(problem).startswith("unknown metric"):
                     raise
                 names[key], problems[key] = ("unavailable", "unavailable"), problem
         data, prompts = names[key]
@@ -182,6 +189,8 @@ def plan(spec: SweepSpec, run: Run | None, device: str) -> Plan:
             "lmms_eval": version("lmms-eval"),
             "version": version("visionselector-eval"),
         }
+        if key in metrics:  # a task of suites.yaml has a fixed one, of our version
+            settings["metric"] = metrics[key]
         digest = digest_of(settings)
         done = run is not None and run.is_done(digest)
         answered = 0 if done or run is None else sum(len(line["answers"]) for line in run.journal(digest).read())
@@ -192,7 +201,15 @@ def plan(spec: SweepSpec, run: Run | None, device: str) -> Plan:
     return Plan(
         spec,
         tuple(
-            Group(cells[0].spec.backbone, families[name], task, sizes.get((name, task), 0), tuple(cells), data_root)
+            Group(
+                cells[0].spec.backbone,
+                families[name],
+                task,
+                sizes.get((name, task), 0),
+                tuple(cells),
+                data_root,
+                spec.metric.get(task),
+            )
             for (name, task), cells in groups.items()
         ),
     )
@@ -401,7 +418,7 @@ def _fail(run: Run, cell: PlannedCell, reason: str, result: SweepResult, progres
 
 def _score(run: Run, cell: PlannedCell, group: Group, seconds: float, result: SweepResult, progress: Progress) -> None:
     """Replay the stored answers through lmms-eval's own scoring, and complete the cell."""
-    bound = bound_task(group.task, group.family, cell.settings["limit"], group.data_root)
+    bound = bound_task(group.task, group.family, cell.settings["limit"], group.data_root, group.metric)
     answers = {(a["task"], a["doc_id"]): a for line in run.journal(cell.digest).read() for a in line["answers"]}
     responses: dict[str, dict[int, str]] = {}
     for (task, doc_id), given in answers.items():
@@ -439,6 +456,7 @@ def _score(run: Run, cell: PlannedCell, group: Group, seconds: float, result: Sw
         metric=scored.metric,
         score=scored.score,
         metrics=scored.metrics,
+        metric_note=bound.entry.guess,
         higher_is_better=bound.entry.higher_is_better,
         scale=bound.entry.scale,
         mean_of_documents=scored.mean_of_documents,

@@ -32,6 +32,7 @@ from PIL import Image
 from visionselector_eval.baselines.errors import InputError, unknown
 from visionselector_eval.models.generation import named_stops
 from visionselector_eval.tasks import data, host
+from visionselector_eval.tasks.headline import chosen, headline
 from visionselector_eval.tasks.suites import TaskEntry, check_limit, load_suites
 
 __all__ = [
@@ -199,6 +200,7 @@ def bind(
     documents: int | None = None,
     override: Mapping[str, Any] | None = None,
     data_root: str | Path | None = None,
+    metric: str | None = None,
 ) -> BoundTask:
     """Load the task `name`: an embedded mirror, or any task, group or tag of lmms-eval.
 
@@ -214,9 +216,11 @@ def bind(
         is: {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": path}}}.
     data_root: folder with the data of real tasks in the layout of `tasks.data`, used instead of the hub; mirrors do
         not look at it.
+    metric: the headline, a metric of the task's definition, instead of the one of `suites.yaml` or, for a task that
+        is not there, of `headline.headline`.
 
-    Raises `InputError`, one line each, for an unknown name, a limit that is no whole number or tears pairs apart,
-    data that cannot be loaded, and data without documents.
+    Raises `InputError`, one line each, for an unknown name or metric, a limit that is no whole number or tears pairs
+    apart, data that cannot be loaded, and data without documents.
     """
     known = load_suites().tasks.get(name)
     limit = check_limit(name, limit, known.pair if known else 1)
@@ -249,7 +253,7 @@ def bind(
         name=name,
         tasks=found,
         task_manager=manager,
-        entry=known or _derive(name, found),
+        entry=_entry(name, found, known, metric),
         data_hash=data_hash or _fingerprint(found),
         n_documents=sum(_count(task, limit) for task in found.values()),
         limit=limit,
@@ -487,10 +491,22 @@ def _source(manager: Any, name: str) -> str:
         return ""
 
 
-def _derive(name: str, tasks: Mapping[str, Any]) -> TaskEntry:
-    """The entry of a task that suites.yaml does not know: its first metric and filter."""
+def _entry(name: str, tasks: Mapping[str, Any], known: TaskEntry | None, metric: str | None) -> TaskEntry:
+    if known is None or (metric is not None and metric != known.metric):
+        derived = _derive(name, tasks, metric)
+        # How documents belong together does not hang on what is counted.
+        kept = {"cluster_key": known.cluster_key, "pair": known.pair, "target": known.target} if known else {}
+        return derived.model_copy(update=kept)
+    return known
+
+
+def _derive(name: str, tasks: Mapping[str, Any], metric: str | None = None) -> TaskEntry:
+    """The entry of a task from its definition: the metric given or the aggregate that it states, its first filter."""
     first = next(iter(tasks.values()))
-    metric = next(iter(first.aggregation()))
+    names = list(first.aggregation())
+    made = headline(names)
+    note = "" if metric else made.note()
+    metric = chosen(name, metric, names) if metric else made.metric
     return TaskEntry(
         metric=metric,
         filter=first._filters[0].name,
@@ -500,7 +516,8 @@ def _derive(name: str, tasks: Mapping[str, Any]) -> TaskEntry:
         mean_of_documents=True,  # checked for each set of answers
         cluster_key=first.config.cluster_key,
         combine="mean" if len(tasks) > 1 else None,
-        about=f"{name} of lmms-eval (no entry in suites.yaml: first metric of its definition)",
+        guess=note,
+        about=f"{name} of lmms-eval (headline from its definition)",
     )
 
 

@@ -35,6 +35,7 @@ class TaskEntry(BaseModel):
     needs_submission: bool = False
     published: str = ""
     mirror_of: str | None = None
+    guess: str = Field(default="", description="why the metric is a guess; never so in suites.yaml")
     about: str = ""
 
     @property

@@ -347,3 +347,15 @@ def test_one_method_alone_has_the_same_errors():
         assert make_method({"name": name}).options == {}
     with pytest.raises(InputError, match="did you mean 'divprune'"):
         make_method("divprun")
+
+
+def test_a_headline_metric_is_chosen_for_a_task_of_the_sweep(capsys) -> None:
+    assert make_spec({"tasks": ["chartqa"], "metric": {"chartqa": "relaxed_overall"}}).metric == {
+        "chartqa": "relaxed_overall"
+    }
+    with pytest.raises(InputError, match="unknown task of this sweep 'chartq': did you mean 'chartqa'"):
+        make_spec({"tasks": ["chartqa"], "metric": {"chartq": "relaxed_overall"}})
+    from visionselector_eval.harness import cli
+
+    assert cli.main(["sweep", "--tasks", "tiny_pope", "--device", "cpu", "--metric", "tiny_pope=pope_acuracy"]) == 2
+    assert "unknown metric of tiny_pope 'pope_acuracy': did you mean 'pope_accuracy'" in capsys.readouterr().err

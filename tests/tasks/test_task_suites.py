@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from visionselector_eval.baselines.errors import InputError
-from visionselector_eval.tasks import data, host, suites
+from visionselector_eval.tasks import data, headline, host, suites
 from visionselector_eval.tasks.suites import TaskEntry
 from visionselector_eval.tasks.tiny import MIRRORS, generate
 
@@ -144,3 +144,32 @@ def test_a_wrong_file_is_refused() -> None:
     ):
         with pytest.raises(ValidationError):
             suites.Suites.model_validate(raw)
+
+
+@pytest.mark.parametrize(
+    ("names", "metric", "others"),
+    [
+        (["coarse perception", "math", "average"], "average", ()),
+        (["relaxed_overall"], "relaxed_overall", ()),
+        (["submission", "anls"], "anls", ()),
+        (["submission"], "submission", ()),
+        (["precision", "recall", "f1"], "precision", ("recall", "f1")),
+        (["acc_overall", "math", "avg_f1"], "acc_overall", ("avg_f1",)),
+        (["overallocated", "small"], "overallocated", ("small",)),
+    ],
+)
+def test_the_headline_is_the_aggregate_that_a_definition_states(names, metric, others) -> None:
+    assert headline.headline(names) == headline.Headline(metric, others)
+
+
+def test_upstreams_tasks_get_their_aggregate() -> None:
+    number, found = headline.guesses()
+    assert number > 500
+    assert found
+    assert not {"mmstar", "mmstar_ko", "mmstar_oc"} & set(found)
+    for task, metric in (("mmstar", "average"), ("mmstar_ko", "average"), ("chartqa", "relaxed_overall")):
+        names = [item["metric"] for item in data.upstream(task).config["metric_list"]]
+        assert headline.headline(names).metric == metric
+        assert headline.chosen(task, names[0], names) == names[0]
+    with pytest.raises(InputError, match="unknown metric of mmstar 'averag': did you mean 'average'"):
+        headline.chosen("mmstar", "averag", ["math", "average"])

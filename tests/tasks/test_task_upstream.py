@@ -352,6 +352,22 @@ def test_a_task_without_an_entry_works(tmp_path: Path) -> None:
     assert (result.score, result.mean_of_documents) == (0.75, True)
 
 
+def test_the_headline_of_mmstar_is_its_average_and_another_can_be_chosen(tmp_path: Path) -> None:
+    categories = ("coarse perception", "math")
+    rows = [
+        {"index": i, "question": "which?", "answer": "A", "category": c, "l2_category": c, "image": PICTURE}
+        for i, c in enumerate(categories * 2)
+    ]
+    bound = binding.bind("mmstar", override=elsewhere(tmp_path, "val", rows))
+    result = binding.score(bound, reply(bound, "A", "B", "A", "A"))
+    assert (result.metric, result.score, bound.entry.guess) == ("average,none", 0.75, "")
+    assert [d.score for d in result.documents] == [1, 0, 1, 1]
+    bound = binding.bind("mmstar", override=elsewhere(tmp_path, "val", rows), metric="math")
+    assert binding.score(bound, reply(bound, "A", "B", "A", "A")).score == 0.5
+    with pytest.raises(InputError, match="unknown metric of mmstar 'maths': did you mean 'math'"):
+        binding.bind("mmstar", override=elsewhere(tmp_path, "val", rows), metric="maths")
+
+
 def test_changed_data_are_read_again(tmp_path: Path) -> None:
     def rows(answer: str) -> list[dict[str, Any]]:
         return [{"type": "human_test", "question": "?", "answer": answer, "image": PICTURE}]
