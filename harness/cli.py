@@ -685,7 +685,7 @@ def _tasks_parser() -> _Parser:
         "reads, where a hub is reachable, else print the folder's layout; run it again to go on. list: the tasks.\n"
         "layout: which files a data root wants. include: write task files of the embedded benchmarks (or of those\n"
         "named) for the stock command, and print their folder: lmms-eval eval --include_path FOLDER. check: which\n"
-        "tasks of lmms-eval (or of those named) have a headline metric that is a guess; `sweep --metric TASK=NAME` chooses.",
+        "tasks of lmms-eval (or of those named) have a headline metric that is a guess; `sweep --metric` chooses.",
         epilog=_example(
             "tasks layout --tasks chartqa videomme --data-root /data/benchmarks",
             "tasks fetch --suite visionselector13 --data-root /data/benchmarks",
