@@ -120,7 +120,7 @@ class CompressedModel(lmms):
         order = utils.Collator(
             [request.args for request in requests],
             lambda args: (args[4], args[3]),  # by task and document: batches do not depend on the order of requests
-            group_fn=lambda args: args[2],
+            group_fn=lambda args: new_tokens(self.protocol, args[4], args[2]),
             grouping=True,
         )
         results: list[GenerationResult] = []

@@ -167,6 +167,27 @@ def test_answers_come_back_in_the_order_of_the_questions(model_class, tiny):
     assert together[5].token_counts.visual_tokens_total == 0
 
 
+def test_a_batch_has_one_limit_where_a_protocol_changes_that_of_one_task(model_class, tiny):
+    from lmms_eval.api.instance import Instance
+
+    model = model_class(backbone=tiny, batch_size=4, protocol="visionselector", min_pixels=784, max_pixels=16 * 784)
+    requests = []
+    for task in ("mmmu_val", "other"):
+        model.task_dict[task] = {"test": ["One?", "Two?", "Three?"]}
+        for number, question in enumerate(model.task_dict[task]["test"]):
+            message = {"role": "user", "content": [{"type": "text", "text": question}]}
+            arguments = (question, lambda _, m=message: [m], {"max_new_tokens": 128}, number, task, "test")
+            metadata = {"task": task, "doc_id": number, "repeats": 1}
+            requests.append(Instance(request_type="generate_until", arguments=arguments, idx=0, metadata=metadata))
+    seen: list[set[int]] = []
+    prepare = model.answerer.prepare
+    model.answerer.prepare = lambda batch, settings: (
+        seen.append({r.generation["max_new_tokens"] for r in batch}) or prepare(batch, settings)
+    )
+    assert len(model.generate_until(requests)) == 6
+    assert sorted(map(sorted, seen)) == [[16], [128]]
+
+
 def test_until_cuts_the_answer(model_class, tiny):
     model = model_class(backbone=tiny, protocol="checkpoint")
     whole = ask(model, [("What is it?", {"max_new_tokens": 12}, picture(112, 112))])[0].text
