@@ -138,12 +138,8 @@ def check_all(table: Correctness, device: str, end: float) -> None:
     def checks() -> Iterator[tuple[str, str, str, Callable[[], str]]]:
         if device.startswith("cuda"):
             for n in correctness.KERNEL_SIZES:
-                yield (
-                    f"N={n}",
-                    "kernel",
-                    "picks equal the loop's",
-                    lambda n=n: correctness.kernel_equals_loop(n, device),
-                )
+                run = partial(correctness.kernel_equals_loop, n, device)
+                yield f"N={n}", "kernel", "picks equal the loop's", run
         for checkpoint in correctness.checkpoints():
             pair = correctness.Pair(checkpoint, device)
             for method in correctness.methods_of(pair):

@@ -442,7 +442,7 @@ STF_NAMES = {
 
 
 def check_fusion(shapes: Mapping[str, tuple[int, ...]], width: int, out: int, source: str) -> None:
-    """Whether LLaVA-STF's four layers are there and fit: L w -> h1 -> w over hidden states, 4 w -> h2 -> d over a window.
+    """Check LLaVA-STF's four layers: L w -> h1 -> w over hidden states, 4 w -> h2 -> d over a window.
 
     Parameters
     ----------
@@ -465,7 +465,8 @@ def check_fusion(shapes: Mapping[str, tuple[int, ...]], width: int, out: int, so
         raise InputError(
             f"projector of '{source}' is neither LLaVA-1.5's nor STF's for a tower of width {width} and an LLM of "
             f"{out}: STF weights of another width or layer list? L*{width} -> h1 -> {width} in "
-            f"model.mm_projector_crosslayer and {windows} -> h2 -> {out} in model.mm_projector are needed, found: {seen}"
+            f"model.mm_projector_crosslayer and {windows} -> h2 -> {out} in model.mm_projector are needed, "
+            f"found: {seen}"
         )
     for name, layer in zip(STF_NAMES.values(), layers, strict=True):
         if shapes.get(f"{name}.bias") != layer[:1]:

@@ -97,7 +97,8 @@ def written(
             name = "model.vision_tower.vision_tower.vision_model." + short.removeprefix("vision_tower.")
         elif short.startswith("multi_modal_projector."):
             layer, _, part = short.removeprefix("multi_modal_projector.").rpartition(".")
-            name = f"{({'linear_1': 'model.mm_projector.0', 'linear_2': 'model.mm_projector.2'} | STF_NAMES)[layer]}.{part}"
+            plain = {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"}
+            name = f"{(plain | STF_NAMES)[layer]}.{part}"
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             tensor = tensor[:-1]
         tensors[name] = tensor.detach().clone()
