@@ -22,9 +22,9 @@ def test_a_run_of_0_1_0_is_reported_with_its_values(run_folder, capsys):
     before = pd.read_csv(WRITTEN / "leaderboard.csv")
     assert main(["report", str(run_folder)]) == 0
     shown = capsys.readouterr().out
-    assert (
-        "random" in shown and "41.7" in shown and "commit d7084c0728d0" in (run_folder / "leaderboard.csv").read_text()
-    )
+    assert "random" in shown
+    assert "41.7" in shown
+    assert "commit d7084c0728d0" in (run_folder / "leaderboard.csv").read_text()
     after = pd.read_csv(run_folder / "leaderboard.csv")
     pd.testing.assert_frame_equal(after[before.columns], before)
 
@@ -36,4 +36,5 @@ def test_a_sweep_in_a_folder_of_0_1_0_names_the_way_out(run_folder, capsys):
     code = main(["sweep", *asked])
     said = capsys.readouterr()
     assert code == 2
-    assert "--replace-stale" in said.err and "Traceback" not in said.err
+    assert "--replace-stale" in said.err
+    assert "Traceback" not in said.err
