@@ -68,6 +68,8 @@ class KnownModel(nn.Module):
 class KnownBackbone(Backbone):
     """A backbone whose phases do known work and nothing else."""
 
+    traces = frozenset()
+
     def __init__(self, work: Work, device: torch.device | str = "cpu") -> None:
         self._work = work
         super().__init__(KnownModel(work, torch.device(device)), None, id="known", revision="", extra_weights={})

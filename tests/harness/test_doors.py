@@ -33,6 +33,12 @@ def real(tmp_path_factory) -> Path:
     return Path(shutil.copytree(checkpoint(), tmp_path_factory.mktemp("real") / "checkpoint"))
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """lmms-eval's tasks write files for servers into the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 def stock(kind: type, pretrained: str, *arguments: str) -> Any:
     """Our model as lmms-eval's command makes it."""
     return kind.create_from_arg_string(",".join([f"pretrained={pretrained}", "device=cpu", *arguments]))

@@ -56,7 +56,7 @@ def test_mirrors_ask_what_sweeps_ask_and_never_the_same_documents(tiny, tmp_path
                 assert (name in asked) == (name in sample)
                 assert name not in asked or bool((asked[name] == sample[name]).all()), task
             spoken = tiny.processor.tokenizer.decode(sample["labels"][sample["labels"] != IGNORED])
-            answers.setdefault(request.task, {})[request.doc_id] = spoken.removesuffix("<|im_end|>")
+            answers.setdefault(request.task, {})[request.doc_id] = spoken.removesuffix("<|im_end|>\n")
         result = score(bound, answers, output_path=tmp_path / "scores")
         assert result.score == pytest.approx(_full(task), rel=1e-6), task
 
