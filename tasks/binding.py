@@ -32,7 +32,7 @@ from PIL import Image
 from visionselector_eval.baselines.errors import InputError, unknown
 from visionselector_eval.models.generation import named_stops
 from visionselector_eval.tasks import data, host
-from visionselector_eval.tasks.headline import chosen, headline
+from visionselector_eval.tasks.headline import aggregates, chosen, headline
 from visionselector_eval.tasks.suites import TaskEntry, check_limit, load_suites
 
 __all__ = [
@@ -504,9 +504,13 @@ def _derive(name: str, tasks: Mapping[str, Any], metric: str | None = None) -> T
     """The entry of a task from its definition: the metric given or the aggregate that it states, its first filter."""
     first = next(iter(tasks.values()))
     names = list(first.aggregation())
-    made = headline(names)
+    of_group = aggregates(name) if len(tasks) > 1 else []
+    made = headline(names, of_group)
     note = "" if metric else made.note()
     metric = chosen(name, metric, names) if metric else made.metric
+    stated = next((item for item in of_group if item.metric == metric), None)
+    if stated is not None and not stated.is_mean:
+        note = "; ".join(filter(None, [note, f"the group's own {metric} is made by other rules than a mean"]))
     return TaskEntry(
         metric=metric,
         filter=first._filters[0].name,
@@ -515,7 +519,7 @@ def _derive(name: str, tasks: Mapping[str, Any], metric: str | None = None) -> T
         needs_submission=metric == "submission",
         mean_of_documents=True,  # checked for each set of answers
         cluster_key=first.config.cluster_key,
-        combine="mean" if len(tasks) > 1 else None,
+        combine=None if len(tasks) == 1 else "weighted" if stated is not None and stated.weighted else "mean",
         guess=note,
         about=f"{name} of lmms-eval (headline from its definition)",
     )
@@ -620,7 +624,8 @@ def _headline(bound: BoundTask, metrics: Mapping[str, float]) -> float | None:
             f"{bound.name}: {missing[0]} has no value for these {bound.n_documents} documents "
             f"(present: {', '.join(metrics) or 'none'}); ask more documents"
         )
-    return sum(metrics[key] for key in keys) / len(keys)
+    sizes = [_count(task, bound.limit) if entry.combine == "weighted" else 1 for task in bound.tasks.values()]
+    return sum(metrics[key] * size for key, size in zip(keys, sizes, strict=True)) / sum(sizes)
 
 
 def _documents(

@@ -269,6 +269,14 @@ def upstream(task: str, extra: Mapping[str, Any] | None = None) -> Upstream:
     )
 
 
+def group_file(name: str) -> dict[str, Any]:
+    """What the file of a group of lmms-eval says; empty for a single task, a tag and a group without a file."""
+    known = host.task_manager("").task_index.get(name)
+    if known is None or known["type"] != "group" or known["yaml_path"] == -1:
+        return {}
+    return _task_file(Path(known["yaml_path"]))
+
+
 def members(name: str) -> list[Upstream]:
     """The single tasks of a task, group or tag of lmms-eval, in upstream's order."""
     return [upstream(task, extra) for task, extra in _members(name, {})]
@@ -282,8 +290,7 @@ def _members(name: str, extra: Mapping[str, Any]) -> Iterator[tuple[str, Mapping
     if known["type"] == "python_task":
         raise InputError(f"task {name} loads its data by code of its own: it cannot take local data")
     inside = known["task"]
-    if known["type"] == "group" and known["yaml_path"] != -1:
-        config = _task_file(Path(known["yaml_path"]))
+    if config := group_file(name):
         inside = config["task"]
         extra = {**{k: v for k, v in config.items() if k not in _GROUP_KEYS}, **extra}
     if any(_functions(extra)):

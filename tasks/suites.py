@@ -28,7 +28,7 @@ class TaskEntry(BaseModel):
     mean_of_documents: bool = True
     cluster_key: str | None = None
     pair: int = Field(default=1, ge=1)
-    combine: Literal["mean"] | None = None
+    combine: Literal["mean", "weighted"] | None = None
     fixed_denominator: int | None = Field(default=None, ge=1)
     circular: int | None = Field(default=None, ge=2)
     target: str | None = None

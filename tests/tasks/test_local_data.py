@@ -351,6 +351,35 @@ def test_a_data_root_for_embedded_tasks_only_is_a_mistake(root: Path, tmp_path: 
     assert bound.data_hash == binding.bind("tiny_pope").data_hash
 
 
+def test_a_guessed_headline_is_told_noted_and_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MMVP defines the accuracy of its documents and that of its pairs, and none as its aggregate."""
+    rows = [
+        {"Index": i + 1, "Question": "?", "Options": "(a) x (b) y", "Correct Answer": "(a)", "image": PICTURE}
+        for i in range(4)
+    ]
+    root = tmp_path / "data"
+    (root / "mmvp").mkdir(parents=True)
+    dataset(rows).to_parquet(root / "mmvp" / "train.parquet")
+    settings = {"methods": ["uniform"], "budgets": [0.5], "tasks": ["mmvp"], "data_root": str(root)}
+    settings["generation"] = {"max_new_tokens": 2}
+    run, result = sweep(tmp_path / "run", **settings)
+    assert result.failed == {}
+    note = "headline mmvp_accuracy is a guess, as plausible: mmvp_pair_accuracy"
+    assert f"mmvp: {note}; choose with --metric mmvp=NAME" in caplog.text
+    assert {(r["metric"], r["metric_note"]) for r in records(run.folder).values()} == {("mmvp_accuracy,none", note)}
+    caplog.clear()
+    run, result = sweep(tmp_path / "chosen", **settings, metric={"mmvp": "mmvp_pair_accuracy"})
+    assert "guess" not in caplog.text
+    assert {(r["metric"], r["metric_note"]) for r in records(run.folder).values()} == {("mmvp_pair_accuracy,none", "")}
+    assert cli.main(["tasks", "check", "--tasks", "mmvp", "mmstar"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"mmvp: {note}",
+        "1 of 2 tasks have a headline metric that is a guess",
+    ]
+
+
 def test_layout_names_what_is_wanted() -> None:
     text = data.layout("videomme", "/d")
     for part in ("/d/videomme/test.parquet", "lmms-eval/Video-MME", "videoID", "/d/videomme/videos/"):

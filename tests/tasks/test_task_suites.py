@@ -173,3 +173,19 @@ def test_upstreams_tasks_get_their_aggregate() -> None:
         assert headline.chosen(task, names[0], names) == names[0]
     with pytest.raises(InputError, match="unknown metric of mmstar 'averag': did you mean 'average'"):
         headline.chosen("mmstar", "averag", ["math", "average"])
+
+
+def test_a_group_states_which_number_of_its_members_is_its_own() -> None:
+    assert [made.metric for made in headline.aggregates("c4_bench")] == ["c4_exact_match"]
+    assert headline.aggregates("c4_bench")[0].weighted
+    assert [(made.weighted, made.is_mean) for made in headline.aggregates("mvp_mini")] == [(False, True)] * 2
+    assert not any(made.is_mean for made in headline.aggregates("wm_abench")[:2])
+    assert headline.aggregates("mmstar") == headline.aggregates("mvbench") == []
+    stated = headline.aggregates("c4_bench")
+    assert headline.headline(["c4_json_valid", "c4_exact_match"], stated) == headline.Headline("c4_exact_match")
+    # A group whose number the members lack leaves the choice to them.
+    assert headline.headline(["c4_json_valid"], stated) == headline.Headline("c4_json_valid")
+    number, found = headline.guesses(["c4_bench", "mvp_mini"])
+    assert number == 10
+    assert "mvp_mini" in found
+    assert "c4_bench" not in found

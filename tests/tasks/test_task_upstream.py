@@ -368,6 +368,22 @@ def test_the_headline_of_mmstar_is_its_average_and_another_can_be_chosen(tmp_pat
         binding.bind("mmstar", override=elsewhere(tmp_path, "val", rows), metric="maths")
 
 
+def test_a_group_is_combined_as_its_file_states(tmp_path: Path) -> None:
+    """C4-Bench: `weight_by_size`, so one right of three and one right of one are 4 of 6, not the mean of four."""
+    forms = ["H0", "H0", "H0", "H1", "H4", "E0"]
+    rows = [{"task": form, "question": "?", "answer": "画龙点睛", "answer_aliases": []} for form in forms]
+    bound = binding.bind("c4_bench", override=elsewhere(tmp_path, "test", rows))
+    assert (bound.entry.metric, bound.entry.combine, bound.entry.guess) == ("c4_exact_match", "weighted", "")
+    right = {"c4_bench_h0": ["画龙点睛", "no", "no"]}
+    answers = {
+        task: dict(enumerate(right.get(task, ['{"answer": "画龙点睛"}' if task == "c4_bench_e0" else "画龙点睛"])))
+        for task in bound.tasks
+    }
+    result = binding.score(bound, answers)
+    assert result.score == pytest.approx(4 / 6)
+    assert result.mean_of_documents
+
+
 def test_changed_data_are_read_again(tmp_path: Path) -> None:
     def rows(answer: str) -> list[dict[str, Any]]:
         return [{"type": "human_test", "question": "?", "answer": answer, "image": PICTURE}]
