@@ -6,26 +6,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .base import (
+    from visionselector_eval.baselines.contract.base import (
         Compressor,
-        DecoderCompressor,
-        DecoderView,
         EncoderTrace,
         Host,
         ScoreCompressor,
-        ScoreDecoder,
         Selection,
         VisualTokens,
         as_compressor,
-        top_k,
     )
-    from .budget import Budget, Share, Tokens, parse_budget
-    from .errors import InputError
-    from .registry import available, build
+    from visionselector_eval.baselines.contract.budget import Budget, Share, Tokens, parse_budget
+    from visionselector_eval.baselines.contract.decoder import DecoderCompressor, DecoderView, ScoreDecoder
+    from visionselector_eval.baselines.contract.errors import InputError
+    from visionselector_eval.baselines.contract.numerics import top_k
+    from visionselector_eval.baselines.contract.registry import available, build
 
 _HOME = {
     **dict.fromkeys(("Budget", "Share", "Tokens", "parse_budget"), "budget"),
+    **dict.fromkeys(("DecoderCompressor", "DecoderView", "ScoreDecoder"), "decoder"),
     "InputError": "errors",
+    "top_k": "numerics",
     **dict.fromkeys(("available", "build"), "registry"),
 }
 
@@ -54,5 +54,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Budgets, errors and names are asked for by commands that should not wait for torch (report, --help).
     if name in __all__:
-        return getattr(import_module(f".{_HOME.get(name, 'base')}", __name__), name)
+        return getattr(import_module(f".contract.{_HOME.get(name, 'base')}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

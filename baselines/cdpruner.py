@@ -8,7 +8,9 @@ import torch
 from torch import LongTensor, Tensor
 from torch.nn.functional import normalize
 
-from .base import Compressor, InputError, Selection, VisualTokens, first_largest, unit_rows
+from visionselector_eval.baselines.contract.base import Compressor, Selection, VisualTokens
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.numerics import first_largest, unit_rows
 
 _GUESS = 128  # tokens made ready together on the CPU, where one product for one token is bound by memory
 _RECENT = 32  # picks whose share in those is taken out one by one

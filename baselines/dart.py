@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import LongTensor, Tensor
 
-from .base import DecoderCompressor, DecoderView, InputError, Selection, rounded, unit_rows, working_dtype
+from visionselector_eval.baselines.contract.base import Selection
+from visionselector_eval.baselines.contract.decoder import DecoderCompressor, DecoderView
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.numerics import rounded, unit_rows, working_dtype
 
 _BLOCK = 1024  # states that are float64 at one time
 

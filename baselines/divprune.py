@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import LongTensor, Tensor
 
-from .base import Compressor, Selection, SimilarityRows, VisualTokens, first_largest, pick_all, unit_rows
+from visionselector_eval.baselines.contract.base import Compressor, Selection, VisualTokens
+from visionselector_eval.baselines.contract.greedy import SimilarityRows, pick_all
+from visionselector_eval.baselines.contract.numerics import first_largest, unit_rows
 
 _BLOCK = 256  # rows of similarities that exist at one time, and never more than a quarter of all
 

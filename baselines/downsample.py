@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .base import PixelCompressor
+from visionselector_eval.baselines.contract.base import PixelCompressor
 
 
 @dataclass(frozen=True, kw_only=True)

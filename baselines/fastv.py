@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .base import DecoderView, InputError, ScoreDecoder
+from visionselector_eval.baselines.contract.decoder import DecoderView, ScoreDecoder
+from visionselector_eval.baselines.contract.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import Budget, Compressor, Selection, VisualTokens
+from visionselector_eval.baselines.contract.base import Compressor, Selection, VisualTokens
+from visionselector_eval.baselines.contract.budget import Budget
 
 
 @dataclass(frozen=True, kw_only=True)

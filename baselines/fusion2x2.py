@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from .base import Compressor, InputError, Selection, VisualTokens, rounded, unit_rows, working_dtype
+from visionselector_eval.baselines.contract.base import Compressor, Selection, VisualTokens
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.numerics import rounded, unit_rows, working_dtype
 
 _TEMPERATURE = 0.1  # of the weights "sim"
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import LongTensor, Tensor
 
-from .base import Compressor, InputError, Selection, VisualTokens, traced
+from visionselector_eval.baselines.contract.base import Compressor, Selection, VisualTokens, traced
+from visionselector_eval.baselines.contract.errors import InputError
 
 _CROPS = 1024 / 576  # 16 crops where 64 of 576 tokens stay, as in the paper
 

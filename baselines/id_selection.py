@@ -7,17 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import LongTensor, Tensor
 
-from .base import (
-    Compressor,
-    InputError,
-    Selection,
-    SimilarityRows,
-    VisualTokens,
-    first_largest,
-    pick_all,
-    traced,
-    unit_rows,
-)
+from visionselector_eval.baselines.contract.base import Compressor, Selection, VisualTokens, traced
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.greedy import SimilarityRows, pick_all
+from visionselector_eval.baselines.contract.numerics import first_largest, unit_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from .base import Compressor, Selection, VisualTokens, working_dtype
+from visionselector_eval.baselines.contract.base import Compressor, Selection, VisualTokens
+from visionselector_eval.baselines.contract.numerics import working_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

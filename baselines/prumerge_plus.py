@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from .base import Compressor, InputError, Selection, VisualTokens, traced, unit_rows, working_dtype
+from visionselector_eval.baselines.contract.base import Compressor, Selection, VisualTokens, traced
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.numerics import unit_rows, working_dtype
 
 _BLOCK = 128  # rows of similarities that exist at one time
 

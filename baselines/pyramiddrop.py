@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .base import Budget, DecoderView, InputError, ScoreDecoder, Share, check_schedule, shrinking
+from visionselector_eval.baselines.contract.budget import Budget, Share
+from visionselector_eval.baselines.contract.decoder import DecoderView, ScoreDecoder, check_schedule, shrinking
+from visionselector_eval.baselines.contract.errors import InputError
 
 _LAYERS, _RATIOS = (8, 16, 24), (0.5, 0.25, 0.125)  # as released, for LLMs of 32 and of 40 layers alike
 

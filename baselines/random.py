@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .base import Compressor, Selection, VisualTokens
+from visionselector_eval.baselines.contract.base import Compressor, Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,18 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import LongTensor, Tensor
 
-from .base import (
-    Budget,
-    DecoderCompressor,
-    DecoderView,
-    InputError,
-    Selection,
-    Share,
-    Tokens,
-    check_schedule,
-    shrinking,
-    working_dtype,
-)
+from visionselector_eval.baselines.contract.base import Selection
+from visionselector_eval.baselines.contract.budget import Budget, Share, Tokens
+from visionselector_eval.baselines.contract.decoder import DecoderCompressor, DecoderView, check_schedule, shrinking
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.numerics import working_dtype
 
 # The published lists: tokens that survive each stage, without the merged ones, for 576 tokens and 32 layers.
 _LISTS = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .base import Compressor, InputError, Selection, VisualTokens, rounded, traced, unit_rows, working_dtype
+from visionselector_eval.baselines.contract.base import Compressor, Selection, VisualTokens, traced
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.numerics import rounded, unit_rows, working_dtype
 
 _BLOCK = 512  # rows of similarities that exist at one time
 

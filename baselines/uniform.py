@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import Compressor, Selection, VisualTokens
+from visionselector_eval.baselines.contract.base import Compressor, Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)

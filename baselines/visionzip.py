@@ -9,7 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Compressor, Host, InputError, Selection, Share, VisualTokens, top_k, traced, unit_rows, working_dtype
+from visionselector_eval.baselines.contract.base import Compressor, Host, Selection, VisualTokens, traced
+from visionselector_eval.baselines.contract.budget import Share
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.numerics import top_k, unit_rows, working_dtype
 
 _OF_ALL = 0.05  # contextual share of all tokens without a CLS token, as in the authors' port
 _OF_KEPT = 10 / 64  # and of the kept ones with it: 64 = 54 + 10, 128 = 108 + 20, 192 = 162 + 30

@@ -7,7 +7,7 @@ import io
 import os
 import sys
 
-from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError
 
 _HANDLER = "visionselector_eval.ascii"
 _LOOK_ALIKES = {

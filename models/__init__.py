@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .loading import load_backbone
+    from visionselector_eval.models.loading import load_backbone
 
 __all__ = ["load_backbone", "manifests"]
 
@@ -13,7 +13,7 @@ __all__ = ["load_backbone", "manifests"]
 def __getattr__(name: str) -> Any:
     # lmms-eval imports this module while it is itself half imported, and `list` should not wait for torch.
     if name == "load_backbone":
-        from .loading import load_backbone
+        from visionselector_eval.models.loading import load_backbone
 
         return load_backbone
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -23,7 +23,7 @@ def manifests() -> list[Any]:
     """Entry point `lmms_eval.models`: the models that the stock lmms-eval command finds by id."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    here = "visionselector_eval.models.compressed"
+    here = "visionselector_eval.models.lmms_eval_models"
     return [
         ModelManifest(model_id="visionselector_qwen2_5_vl", chat_class_path=f"{here}.VisionSelectorQwen2_5_VL"),
         ModelManifest(model_id="visionselector_llava", chat_class_path=f"{here}.VisionSelectorLlava"),

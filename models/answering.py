@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from visionselector_eval.baselines.base import Budget, Compressor, InputError
-
-from .backbones.base import Backbone
-from .generation import cut, generation_arguments
-from .inputs import MediaSettings, build_inputs
-from .splice import CompressedPrompt, Encoded
+from visionselector_eval.baselines.contract.base import Compressor
+from visionselector_eval.baselines.contract.budget import Budget
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.models.backbones.base import Backbone
+from visionselector_eval.models.generation import cut, generation_arguments
+from visionselector_eval.models.inputs import MediaSettings, build_inputs
+from visionselector_eval.models.splice import CompressedPrompt, Encoded
 
 if TYPE_CHECKING:
     from torch import LongTensor
 
-    from .decoder_pruning import Entered
+    from visionselector_eval.models.decoder_view import Entered
 
 log = logging.getLogger(__name__)
 

@@ -19,20 +19,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from visionselector_eval.baselines.base import (
-    Compressor,
-    DecoderCompressor,
-    InputError,
-    Tokens,
-    VisualTokens,
-    as_compressor,
-    parse_budget,
-)
-
-from .backbones.base import Backbone
-from .inputs import MediaSettings, build_inputs
-from .loading import load_backbone
-from .tiny import TINY
+from visionselector_eval.baselines.contract.base import Compressor, VisualTokens, as_compressor
+from visionselector_eval.baselines.contract.budget import Tokens, parse_budget
+from visionselector_eval.baselines.contract.decoder import DecoderCompressor
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.models.backbones.base import Backbone
+from visionselector_eval.models.inputs import MediaSettings, build_inputs
+from visionselector_eval.models.loading import load_backbone
+from visionselector_eval.models.tiny import TINY
 
 __all__ = ["PROPERTIES", "Problem", "check"]
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from visionselector_eval.baselines.base import InputError, unknown
+from visionselector_eval.baselines.contract.errors import InputError, unknown
 
 
 class UnsupportedMediaError(InputError):

@@ -18,15 +18,14 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoProcessor, PretrainedCo
 from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
-from visionselector_eval.baselines.base import InputError, unknown
-
-from .backbones import FAMILIES, Family
-from .tiny import EMBEDDED, checkpoint, embedded
+from visionselector_eval.baselines.contract.errors import InputError, unknown
+from visionselector_eval.models.backbones import FAMILIES, Family
+from visionselector_eval.models.tiny import EMBEDDED, checkpoint, embedded
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .backbones.base import Backbone
+    from visionselector_eval.models.backbones.base import Backbone
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from visionselector_eval.baselines.errors import unknown
+from visionselector_eval.baselines.contract.errors import unknown
 
 TOKEN = 28 * 28  # pixels of one visual token of Qwen2.5-VL
 

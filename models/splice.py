@@ -15,17 +15,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from visionselector_eval.baselines.base import (
-    Budget,
-    Compressor,
-    DecoderCompressor,
-    EncoderTrace,
-    InputError,
-    Selection,
-    Share,
-    VisualTokens,
-)
-from visionselector_eval.models.steps import step
+from visionselector_eval.baselines.contract.base import Compressor, EncoderTrace, Selection, VisualTokens
+from visionselector_eval.baselines.contract.budget import Budget, Share
+from visionselector_eval.baselines.contract.decoder import DecoderCompressor
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.models.instrumentation import step
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from visionselector_eval.baselines.errors import InputError, unknown
-from visionselector_eval.tasks import data, host
+from visionselector_eval.baselines.contract.errors import InputError, unknown
+from visionselector_eval.tasks import lmms
+from visionselector_eval.tasks.local import upstream
 from visionselector_eval.tasks.suites import load_suites
 
 _AGGREGATES = frozenset({"average", "avg", "overall", "total", "mean", "all"})
@@ -67,7 +68,7 @@ def headline(names: Iterable[str], aggregates: Sequence[Aggregate] = ()) -> Head
 
 def aggregates(name: str) -> list[Aggregate]:
     """What the file of the group `name` of lmms-eval says about the group's own numbers; empty for any other task."""
-    listed = data.group_file(name).get("aggregate_metric_list") or []
+    listed = upstream.group_file(name).get("aggregate_metric_list") or []
     return [
         Aggregate(
             metric=str(item["metric"]),
@@ -106,9 +107,9 @@ def guesses(tasks: Sequence[str] = ()) -> tuple[int, dict[str, Headline]]:
 def _metrics(tasks: Sequence[str]) -> Iterator[tuple[str, list[str], list[Aggregate]]]:
     """Name, metrics and the group's own numbers of each task that `guesses` reads."""
     seen = set()
-    for name in tasks or sorted(host.task_manager("").task_index):
+    for name in tasks or sorted(lmms.task_manager("").task_index):
         try:
-            members = data.members(name)
+            members = upstream.members(name)
             of_group = aggregates(name)
         except (InputError, OSError):  # a file without a data set or with a missing include: it can't be asked either
             if tasks:
@@ -123,7 +124,7 @@ def _metrics(tasks: Sequence[str]) -> Iterator[tuple[str, list[str], list[Aggreg
             yield name, _listed(asked[0]), of_group
 
 
-def _listed(of: data.Upstream) -> list[str]:
+def _listed(of: upstream.Upstream) -> list[str]:
     if of.task in load_suites().tasks:
         return []
     return [str(item["metric"]) for item in of.config.get("metric_list") or [] if isinstance(item, Mapping)]

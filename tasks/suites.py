@@ -127,12 +127,12 @@ def check_limit(task: str, limit: int | float | None, pair: int = 1) -> int | No
 
 # `baselines` imports torch: not before something is wrong.
 def _unknown(kind: str, name: object, choices: Iterable[str]) -> Exception:
-    from visionselector_eval.baselines.errors import unknown
+    from visionselector_eval.baselines.contract.errors import unknown
 
     return unknown(kind, name, choices)
 
 
 def _wrong(message: str) -> Exception:
-    from visionselector_eval.baselines.errors import InputError
+    from visionselector_eval.baselines.contract.errors import InputError
 
     return InputError(message)

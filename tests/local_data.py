@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from visionselector_eval.tasks.data import members
+from visionselector_eval.tasks.local.upstream import members
 from visionselector_eval.tasks.tiny.clips import write_clip
 
 PICTURE = Image.new("RGB", (56, 56), "white")

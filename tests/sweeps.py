@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from visionselector_eval.harness.engines import engine
-from visionselector_eval.harness.evaluate import Answered, Event, Unit, answer_unit
-from visionselector_eval.harness.spec import SweepSpec, make_spec
-from visionselector_eval.harness.store import Run
-from visionselector_eval.harness.sweep import Progress, SweepResult, run_sweep
+from visionselector_eval.harness.store.run import Run
+from visionselector_eval.harness.sweep.engines import engine
+from visionselector_eval.harness.sweep.run import Progress, SweepResult, run_sweep
+from visionselector_eval.harness.sweep.spec import SweepSpec, make_spec
+from visionselector_eval.harness.sweep.worker import Answered, Event, Unit, answer_unit
 
 SMALL: dict[str, Any] = {
     "methods": ["divprune", "downsample"],

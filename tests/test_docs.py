@@ -19,6 +19,10 @@ from pathlib import Path
 import pytest
 from source_tree import ROOT
 
+from visionselector_eval.harness.cli import profile as profile_command
+from visionselector_eval.harness.cli.arguments import spec_from
+from visionselector_eval.harness.cli.commands import COMMANDS
+
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OURS = (["visionselector-eval"], ["python", "run_eval.py"])
 FIELDS = ("<!-- fields: written by tests/test_docs.py -->\n", "<!-- end of fields -->")
@@ -69,22 +73,21 @@ def our_arguments(command: list[str]) -> list[str] | None:
 
 def parse_only(arguments: list[str]) -> None:
     """Check a command that needs the hub as far as possible without it."""
-    from visionselector_eval.harness import cli
 
     arguments = list(arguments)
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "sweep"
-    parsed = cli.COMMANDS[name][0]().parse_all(arguments)
+    parsed = COMMANDS[name].parser().parse_all(arguments)
     if name == "sweep":
-        cli._spec_from(parsed)
+        spec_from(parsed)
     elif name == "profile":
-        cli._profile_spec(parsed)
+        profile_command._profile_spec(parsed)
 
 
 def check_lmms_eval_arguments(command: list[str]) -> None:
     import inspect
 
-    from visionselector_eval.baselines.registry import options_of
-    from visionselector_eval.models.compressed import VisionSelectorQwen2_5_VL
+    from visionselector_eval.baselines.contract.registry import options_of
+    from visionselector_eval.models.lmms_eval_models import VisionSelectorQwen2_5_VL
 
     arguments = dict(pair.split("=", 1) for pair in command[command.index("--model_args") + 1].split(","))
     assert set(arguments) <= {*inspect.signature(VisionSelectorQwen2_5_VL).parameters, *options_of(arguments["method"])}
@@ -183,20 +186,20 @@ def test_a_broken_command_would_be_noticed(workplace: Path, capsys: pytest.Captu
 
 def spec_table() -> str:
     """The fields of a sweep as a Markdown table."""
-    from visionselector_eval.harness.cli import _shown
-    from visionselector_eval.harness.spec import SweepSpec
+    from visionselector_eval.harness.cli.arguments import default_text
+    from visionselector_eval.harness.sweep.spec import SweepSpec
 
     rows = ["| field | default | what it is |", "|---|---|---|"]
     for name, info in SweepSpec.model_fields.items():
         default = info.get_default(call_default_factory=True)
-        shown = "" if default is None or default in ([], {}) else f"`{_shown(default)}`"
+        shown = "" if default is None or default in ([], {}) else f"`{default_text(default)}`"
         rows.append(table_row(f"`{name}`", shown, info.description or ""))
     return "\n".join(rows) + "\n"
 
 
 def training_table() -> str:
     """The fields of the trainings as a Markdown table."""
-    from visionselector_eval.harness.training import shown_default
+    from visionselector_eval.harness.training.run import shown_default
     from visionselector_eval.models.training.spec import SPECS
 
     rows = [f"| field | {' | '.join(SPECS)} | what it is |", f"|---|{'---|' * len(SPECS)}---|"]
@@ -224,7 +227,7 @@ def method_sections() -> str:
     import dataclasses
     import inspect
 
-    from visionselector_eval.baselines.registry import BUILTIN, compressor_class
+    from visionselector_eval.baselines.contract.registry import BUILTIN, compressor_class
 
     rows = ["| method | stage | needs | trained | paper | deviations from it | cost |", "|---|---|---|---|---|---|---|"]
     sections = []
@@ -272,7 +275,7 @@ def test_the_sections_of_methods_are_the_registry() -> None:
 def test_every_method_says_where_it_comes_from_and_what_it_costs() -> None:
     import dataclasses
 
-    from visionselector_eval.baselines.registry import BUILTIN, compressor_class
+    from visionselector_eval.baselines.contract.registry import BUILTIN, compressor_class
 
     for name in BUILTIN:
         method = compressor_class(name)
@@ -289,8 +292,8 @@ def test_the_model_arguments_are_listed() -> None:
     import dataclasses
     import inspect
 
-    from visionselector_eval.models.compressed import VisionSelectorQwen2_5_VL
     from visionselector_eval.models.inputs import MediaSettings
+    from visionselector_eval.models.lmms_eval_models import VisionSelectorQwen2_5_VL
     from visionselector_eval.models.protocols import PROTOCOLS
 
     text = (ROOT / "docs" / "lmms-eval.md").read_text()

@@ -195,7 +195,7 @@ from visionselector_eval.models.tiny import checkpoint
 assert "tiny" in load_suites().suites
 print(checkpoint())
 assert (checkpoint() / "model.safetensors").is_file()
-from visionselector_eval.harness.published import FOLDER, load_published
+from visionselector_eval.harness.report.published import FOLDER, load_published
 assert len(load_published()) > 300
 print(FOLDER)
 """

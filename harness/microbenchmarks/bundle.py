@@ -31,7 +31,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from visionselector_eval.baselines.errors import InputError, unknown
+from visionselector_eval.baselines.contract.errors import InputError, unknown
 from visionselector_eval.harness.environment import git_commit
 
 log = logging.getLogger(__name__)

@@ -37,17 +37,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from visionselector_eval.baselines import EncoderTrace, InputError, VisualTokens, build
-from visionselector_eval.baselines.base import DecoderCompressor, Share, unit_rows
 from visionselector_eval.baselines.cdpruner import relevance
+from visionselector_eval.baselines.contract.budget import Share
+from visionselector_eval.baselines.contract.decoder import DecoderCompressor
+from visionselector_eval.baselines.contract.numerics import unit_rows
 from visionselector_eval.harness.environment import environment
-from visionselector_eval.harness.store import write_atomic
-from visionselector_eval.models.decoder_pruning import LayerAccess, PromptView
+from visionselector_eval.harness.microbenchmarks import naive
+from visionselector_eval.harness.microbenchmarks.measured import machine, slug
+from visionselector_eval.harness.store.files import write_atomic
+from visionselector_eval.models.decoder_view import LayerAccess, PromptView
 from visionselector_eval.models.dynamic_qwen import Predictor
 from visionselector_eval.models.loading import choose_device
 from visionselector_eval.models.visionselector import Scorer
-
-from . import naive
-from .measured import machine, slug
 
 LARGE, SMALL = (1024, 4096, 16384), (64, 256)  # visual tokens: of a GPU's table, of a dry run
 _DEPTH = 28  # of the LLM that decoder-stage methods are asked about

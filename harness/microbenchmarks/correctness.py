@@ -16,14 +16,14 @@ from unittest.mock import patch
 
 import torch
 
-from visionselector_eval.baselines import available, build, divprune, fused, id_selection
-from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.baselines import available, build, divprune, id_selection
+from visionselector_eval.baselines.contract import fused
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.harness.profiler.workloads import picture
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
 from visionselector_eval.models.loading import load_backbone
 from visionselector_eval.models.tiny import EMBEDDED
 from visionselector_eval.models.visionselector import idpruner
-
-from ..profiler.workloads import picture
 
 if TYPE_CHECKING:
     from visionselector_eval.models.backbones.base import Backbone

@@ -28,17 +28,16 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.harness.environment import environment
+from visionselector_eval.harness.microbenchmarks import compressors, correctness
+from visionselector_eval.harness.microbenchmarks.measured import TimeLimitedScreen, TimeUp, machine, slug, target_table
 from visionselector_eval.harness.profiler import report
 from visionselector_eval.harness.profiler.run import run_profile
 from visionselector_eval.harness.profiler.spec import make_profile_spec
 from visionselector_eval.harness.profiler.store import load_profile
-from visionselector_eval.harness.store import write_atomic
+from visionselector_eval.harness.store.files import write_atomic
 from visionselector_eval.models.loading import choose_device
-
-from . import compressors, correctness
-from .measured import TimeLimitedScreen, TimeUp, machine, slug, target_table
 
 log = logging.getLogger(__name__)
 

@@ -29,15 +29,15 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from visionselector_eval.baselines.errors import InputError
-from visionselector_eval.baselines.registry import compressor_class
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.registry import compressor_class
 from visionselector_eval.harness.environment import cpu_model
 from visionselector_eval.harness.profiler import report
 from visionselector_eval.harness.profiler.run import run_profile
 from visionselector_eval.harness.profiler.screen import ProfileScreen
 from visionselector_eval.harness.profiler.spec import make_profile_spec
 from visionselector_eval.harness.profiler.store import load_profile
-from visionselector_eval.harness.store import write_atomic
+from visionselector_eval.harness.store.files import write_atomic
 from visionselector_eval.models.loading import choose_device
 from visionselector_eval.models.tiny import TINY
 

@@ -14,9 +14,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from visionselector_eval.baselines.base import rounded
+from visionselector_eval.baselines.contract.numerics import rounded
 from visionselector_eval.baselines.sparsevlm import merged_into, recycled_of
-from visionselector_eval.models.decoder_pruning import PromptView
+from visionselector_eval.models.decoder_view import PromptView
 from visionselector_eval.models.visionselector import Scorer
 
 

@@ -24,13 +24,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from visionselector_eval.baselines.base import Budget, Compressor, ScoreCompressor, Share, VisualTokens
+from visionselector_eval.baselines.contract.base import Compressor, ScoreCompressor, VisualTokens
+from visionselector_eval.baselines.contract.budget import Budget, Share
 from visionselector_eval.harness.profiler.measure import Bound, Profiler
 from visionselector_eval.harness.profiler.phases import PHASES, Clock
 from visionselector_eval.harness.profiler.report import peak
 from visionselector_eval.harness.profiler.spec import cell_of
 from visionselector_eval.models.backbones.base import ALL_TRACES, Backbone
-from visionselector_eval.models.decoder_pruning import LayerAccess
+from visionselector_eval.models.decoder_view import LayerAccess
 from visionselector_eval.models.splice import CompressedPrompt, Encoded, Prompt, VisualItem
 
 Work = Callable[[str], None]

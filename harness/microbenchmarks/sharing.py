@@ -35,14 +35,14 @@ from typing import Any
 
 from tabulate import tabulate
 
-from visionselector_eval.harness.engines import engine
-from visionselector_eval.harness.evaluate import Answerer, Event, Unit, answer_unit, backbone_of, bound_task
-from visionselector_eval.harness.spec import SweepSpec, cells_of, make_spec
-from visionselector_eval.harness.store import load_run
-from visionselector_eval.harness.sweep import run_sweep
-from visionselector_eval.models.compressed import VisionSelectorQwen2_5_VL
+from visionselector_eval.harness.store.run import load_run
+from visionselector_eval.harness.sweep.engines import engine
+from visionselector_eval.harness.sweep.run import run_sweep
+from visionselector_eval.harness.sweep.spec import SweepSpec, cells_of, make_spec
+from visionselector_eval.harness.sweep.worker import Answerer, Event, Unit, answer_unit, backbone_of, bound_task
+from visionselector_eval.models.lmms_eval_models import VisionSelectorQwen2_5_VL
 from visionselector_eval.models.loading import checkpoint_family
-from visionselector_eval.tasks import host
+from visionselector_eval.tasks import lmms
 
 METHODS, BUDGETS = ("visionselector", "divprune", "visionzip"), ("0.3", "0.2", "0.1")
 TARGETS = {"cell by cell": 2.0, "processes": 4.0}
@@ -116,8 +116,8 @@ def evaluated(spec: SweepSpec, unit: Unit) -> Answers:
             protocol="checkpoint",
             **unit.media,
         )
-        with host.quiet():
-            results = host.lmms_eval().simple_evaluate(
+        with lmms.quiet():
+            results = lmms.lmms_eval().simple_evaluate(
                 model=model,
                 tasks=list(bound.tasks.values()),
                 task_manager=bound.task_manager,

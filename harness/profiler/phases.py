@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from visionselector_eval.models.generation import kv_cache
-from visionselector_eval.models.steps import Step, observed
+from visionselector_eval.models.instrumentation import Step, observed
 
 if TYPE_CHECKING:
     from visionselector_eval.models.backbones.base import Backbone

@@ -8,10 +8,9 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from visionselector_eval.baselines.budget import Share, parse_budget
-
-from .phases import PHASES
-from .spec import FULL, LIMIT
+from visionselector_eval.baselines.contract.budget import Share, parse_budget
+from visionselector_eval.harness.profiler.phases import PHASES
+from visionselector_eval.harness.profiler.spec import FULL, LIMIT
 
 _COLOURS = dict(zip(PHASES, ("#bbbbbb", "#4477aa", "#ee6677", "#228833", "#dddddd", "#ccbb44"), strict=True))
 

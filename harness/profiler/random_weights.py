@@ -23,7 +23,7 @@ from transformers import (
     Qwen2_5_VLConfig,
 )
 
-from visionselector_eval.baselines.errors import InputError, unknown
+from visionselector_eval.baselines.contract.errors import InputError, unknown
 from visionselector_eval.models.backbones import FAMILIES
 from visionselector_eval.models.backbones.llava import VICUNA_TEMPLATE
 from visionselector_eval.models.backbones.token_fusion import FusionConfig

@@ -14,12 +14,11 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from visionselector_eval.baselines.errors import InputError
-from visionselector_eval.harness.store import write_atomic
-
-from .phases import PHASES
-from .spec import FULL, LIMIT
-from .store import Profile, load_profile
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.harness.profiler.phases import PHASES
+from visionselector_eval.harness.profiler.spec import FULL, LIMIT
+from visionselector_eval.harness.profiler.store import Profile, load_profile
+from visionselector_eval.harness.store.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -390,7 +389,7 @@ def write(folder: str | Path) -> str:
     if find_spec("matplotlib") is None:
         log.info("matplotlib is not installed: no plots")
         return text
-    from .plots import draw
+    from visionselector_eval.harness.profiler.plots import draw
 
     draw(lines, profile.folder / "plots")
     return text

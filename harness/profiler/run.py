@@ -13,8 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 import yaml
 
-from visionselector_eval.baselines.errors import InputError
-from visionselector_eval.harness.spec import asked_media, asked_protocol
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.harness.profiler import report
+from visionselector_eval.harness.profiler.rounds import Plan, Progress, about, profile, run_environment
+from visionselector_eval.harness.profiler.spec import ProfileSpec, profile_cells
+from visionselector_eval.harness.profiler.store import ProfileFolder
+from visionselector_eval.harness.profiler.workloads import QUESTION, Workload, check_length, documents, synthetic
+from visionselector_eval.harness.sweep.spec import asked_media, asked_protocol
 from visionselector_eval.models.loading import (
     checkpoint_family,
     choose_attention,
@@ -23,12 +28,6 @@ from visionselector_eval.models.loading import (
     load_backbone,
 )
 from visionselector_eval.models.tiny import EMBEDDED
-
-from . import report
-from .measure import Plan, Progress, about, profile, run_environment
-from .spec import ProfileSpec, profile_cells
-from .store import ProfileFolder
-from .workloads import QUESTION, Workload, check_length, documents, synthetic
 
 if TYPE_CHECKING:
     from visionselector_eval.models.backbones.base import Backbone
@@ -107,7 +106,7 @@ def _run(spec: ProfileSpec, overwrite: bool, progress: Progress | None) -> Done:
 def _backbone(spec: ProfileSpec, device: str, dtype: torch.dtype, attention: str) -> Backbone:
     if spec.random_weights is None:
         return load_backbone(spec.pretrained, device, dtype, attention, revision=spec.revision)
-    from .random_weights import build_random, processor, shape_config, shape_named
+    from visionselector_eval.harness.profiler.random_weights import build_random, processor, shape_config, shape_named
 
     # Too long prompts are refused before gigabytes are filled for nothing.
     shape = shape_named(spec.random_weights)

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from .measure import Progress
-from .spec import ProfileCell
+from visionselector_eval.harness.profiler.rounds import Progress
+from visionselector_eval.harness.profiler.spec import ProfileCell
 
 
 class ProfileScreen(Progress):

@@ -9,10 +9,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from visionselector_eval.baselines.budget import Share, parse_budget
-from visionselector_eval.baselines.errors import InputError, unknown
-from visionselector_eval.baselines.registry import available, resolve_options
-from visionselector_eval.harness.spec import (
+from visionselector_eval.baselines.contract.budget import Share, parse_budget
+from visionselector_eval.baselines.contract.errors import InputError, unknown
+from visionselector_eval.baselines.contract.registry import available, resolve_options
+from visionselector_eval.harness.store.files import digest_of
+from visionselector_eval.harness.sweep.spec import (
     ASKING,
     AUTO,
     Fps,
@@ -25,7 +26,6 @@ from visionselector_eval.harness.spec import (
     RepeatFrames,
     SystemPrompt,
 )
-from visionselector_eval.harness.store import digest_of
 from visionselector_eval.models.tiny import TINY
 
 FULL, LIMIT = "full", "limit"
@@ -94,7 +94,7 @@ class ProfileSpec(BaseModel):
     @field_validator("synthetic")
     @classmethod
     def _grids(cls, value: list[int]) -> list[int]:
-        from .workloads import grid_of
+        from visionselector_eval.harness.profiler.workloads import grid_of
 
         for tokens in value:
             grid_of(tokens)
@@ -105,7 +105,7 @@ class ProfileSpec(BaseModel):
         if not self.methods:
             self.methods = [MethodSpec(name=name) for name in available() if name != "full"]
         if self.random_weights is not None:
-            from .random_weights import shape_named
+            from visionselector_eval.harness.profiler.random_weights import shape_named
 
             shape_named(self.random_weights)
             if self.pretrained != TINY or self.revision:

@@ -21,8 +21,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from visionselector_eval.baselines.errors import InputError
-from visionselector_eval.harness.store import Journal, Run, plain, write_atomic
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.harness.store.files import plain, write_atomic
+from visionselector_eval.harness.store.journal import Journal
+from visionselector_eval.harness.store.run import Run
 
 log = logging.getLogger(__name__)
 

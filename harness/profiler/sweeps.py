@@ -5,20 +5,19 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from visionselector_eval.baselines.errors import InputError
-from visionselector_eval.harness.evaluate import Unit, backbone_of
-from visionselector_eval.harness.spec import SweepSpec
-from visionselector_eval.harness.store import Run
-from visionselector_eval.harness.sweep import Group, plan
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.harness.profiler import report
+from visionselector_eval.harness.profiler.rounds import Plan, Progress, about, profile, run_environment
+from visionselector_eval.harness.profiler.run import Done, few_threads
+from visionselector_eval.harness.profiler.spec import FULL, ProfileCell, cell_of, limits
+from visionselector_eval.harness.profiler.store import ProfileFolder, save_cells
+from visionselector_eval.harness.profiler.workloads import documents
+from visionselector_eval.harness.store.run import Run
+from visionselector_eval.harness.sweep.plan import Group, plan
+from visionselector_eval.harness.sweep.spec import SweepSpec
+from visionselector_eval.harness.sweep.worker import Unit, backbone_of
 from visionselector_eval.models.inputs import MediaSettings
 from visionselector_eval.models.loading import choose_attention, choose_device, choose_dtype
-
-from . import report
-from .measure import Plan, Progress, about, profile, run_environment
-from .run import Done, few_threads
-from .spec import FULL, ProfileCell, cell_of, limits
-from .store import ProfileFolder, save_cells
-from .workloads import documents
 
 _DOCUMENTS = 8  # of each task, evenly spread over those that the sweep answers
 

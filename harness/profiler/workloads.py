@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
 
 if TYPE_CHECKING:
@@ -136,10 +136,10 @@ def documents(
     InputError: no such task, no data for it, or lmms-eval is not installed.
     """
     try:
-        from visionselector_eval.harness.evaluate import bound_task, document_requests
-        from visionselector_eval.tasks import host
+        from visionselector_eval.harness.sweep.worker import bound_task, document_requests
+        from visionselector_eval.tasks import lmms
 
-        host.lmms_eval()
+        lmms.lmms_eval()
     except ImportError as error:
         raise InputError(f"--task {task} needs lmms-eval ({error}): install it, or use --synthetic N") from error
     bound = bound_task(task, family, limit, data_root)

@@ -12,26 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
-from visionselector_eval.baselines.base import (
-    Budget,
-    Compressor,
-    DecoderCompressor,
-    EncoderTrace,
-    Host,
-    InputError,
-    Share,
-    as_compressor,
-    parse_budget,
-)
-from visionselector_eval.models.decoder_pruning import (
-    DecoderPruning,
-    Entered,
-    LayerAccess,
-    entered,
-    refuse_unusual_generation,
-)
+from visionselector_eval.baselines.contract.base import Compressor, EncoderTrace, Host, as_compressor
+from visionselector_eval.baselines.contract.budget import Budget, Share, parse_budget
+from visionselector_eval.baselines.contract.decoder import DecoderCompressor
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.models.decoder_pruning import DecoderPruning, refuse_unusual_generation
+from visionselector_eval.models.decoder_view import Entered, LayerAccess, entered
+from visionselector_eval.models.instrumentation import step
 from visionselector_eval.models.splice import CompressedPrompt, Encoded, Prompt, prompt_key, splice
-from visionselector_eval.models.steps import step
 
 if TYPE_CHECKING:
     from torch import LongTensor, Tensor
@@ -274,7 +262,7 @@ class Backbone(ABC):
         if compressor.stage == "decoder" and not isinstance(compressor, DecoderCompressor):
             raise InputError(
                 f"method '{compressor.name}' has stage 'decoder': it must be a DecoderCompressor "
-                "(visionselector_eval.baselines.base)"
+                "(visionselector_eval.baselines.contract.base)"
             )
         try:
             if compressor not in self._bound:

@@ -12,20 +12,14 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from visionselector_eval.baselines.base import (
-    Budget,
-    Compressor,
-    EncoderTrace,
-    InputError,
-    PixelCompressor,
-    weights_digest,
-)
+from visionselector_eval.baselines.contract.base import Compressor, EncoderTrace, PixelCompressor, weights_digest
+from visionselector_eval.baselines.contract.budget import Budget
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.models.backbones.base import ALL_TRACES, Backbone, Foreign
+from visionselector_eval.models.backbones.llava_original import OriginalLlava, is_original
+from visionselector_eval.models.backbones.token_fusion import FusedLlava, TokenFusion, fuse
+from visionselector_eval.models.backbones.tower import received_attention
 from visionselector_eval.models.splice import Encoded, Prompt, VisualItem, repad
-
-from .base import ALL_TRACES, Backbone, Foreign
-from .llava_original import OriginalLlava, is_original
-from .token_fusion import FusedLlava, TokenFusion, fuse
-from .tower import received_attention
 
 if TYPE_CHECKING:
     from torch import Tensor

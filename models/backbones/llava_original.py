@@ -34,9 +34,8 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from visionselector_eval.baselines.errors import InputError
-
-from .token_fusion import LAYERS, WINDOW, FusionConfig
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.models.backbones.token_fusion import LAYERS, WINDOW, FusionConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,11 +13,12 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb, apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_window_index
 
-from visionselector_eval.baselines.base import Budget, Compressor, EncoderTrace, InputError, PixelCompressor
+from visionselector_eval.baselines.contract.base import Compressor, EncoderTrace, PixelCompressor
+from visionselector_eval.baselines.contract.budget import Budget
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.models.backbones.base import ALL_TRACES, Backbone
+from visionselector_eval.models.backbones.tower import received_attention
 from visionselector_eval.models.splice import CompressedPrompt, Encoded, Prompt, VisualItem
-
-from .base import ALL_TRACES, Backbone
-from .tower import received_attention
 
 if TYPE_CHECKING:
     from torch import Tensor

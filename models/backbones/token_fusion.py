@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .compressor import DynamicQwen
-from .predictor import Predictor, load_predictor
+from visionselector_eval.models.dynamic_qwen.compressor import DynamicQwen
+from visionselector_eval.models.dynamic_qwen.predictor import Predictor, load_predictor
 
 __all__ = ["DynamicQwen", "Predictor", "load_predictor"]

@@ -11,19 +11,12 @@ from os import PathLike, fspath
 import torch
 from torch import LongTensor, Tensor
 
-from visionselector_eval.baselines.base import (
-    Budget,
-    DecoderCompressor,
-    DecoderView,
-    Host,
-    InputError,
-    Selection,
-    Share,
-    top_k,
-    weights_digest,
-)
-
-from .predictor import MARK, Predictor, load_predictor
+from visionselector_eval.baselines.contract.base import Host, Selection, weights_digest
+from visionselector_eval.baselines.contract.budget import Budget, Share
+from visionselector_eval.baselines.contract.decoder import DecoderCompressor, DecoderView
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.numerics import top_k
+from visionselector_eval.models.dynamic_qwen.predictor import MARK, Predictor, load_predictor
 
 
 @dataclass(frozen=True, kw_only=True)

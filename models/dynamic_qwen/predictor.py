@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionselector_eval.baselines.base import InputError
+from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.models.weights import find_tensors
 
 __all__ = ["MARK", "Predictor", "load_predictor"]

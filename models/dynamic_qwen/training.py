@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visionselector_eval.baselines.base import working_dtype
+from visionselector_eval.baselines.contract.numerics import working_dtype
 
 __all__ = ["keep_decisions", "mean_keep_loss", "policy_attention", "temperature"]
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.models.backbones.base import Backbone
 from visionselector_eval.models.backbones.llava import Llava
 from visionselector_eval.models.backbones.llava_original import is_original

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from visionselector_eval.baselines.base import InputError, Share, parse_budget
+from visionselector_eval.baselines.contract.budget import Share, parse_budget
+from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.models.dynamic_qwen.predictor import Predictor, load_predictor
 from visionselector_eval.models.dynamic_qwen.training import (
     keep_decisions,
@@ -29,12 +30,11 @@ from visionselector_eval.models.dynamic_qwen.training import (
 )
 from visionselector_eval.models.loading import load_backbone
 from visionselector_eval.models.splice import CompressedPrompt, Encoded, Prompt
+from visionselector_eval.models.training.data import IGNORED, Conversations
+from visionselector_eval.models.training.export import KINDS, save_learned
+from visionselector_eval.models.training.spec import CompressorSpec, PredictorSpec, SelectorSpec, TrainSpec
 from visionselector_eval.models.visionselector.scorer import Scorer, load_scorer
 from visionselector_eval.models.visionselector.training import curriculum, selector_loss, training_count
-
-from .data import IGNORED, Conversations
-from .export import KINDS, save_learned
-from .spec import CompressorSpec, PredictorSpec, SelectorSpec, TrainSpec
 
 if TYPE_CHECKING:
     from visionselector_eval.models.backbones.base import Backbone

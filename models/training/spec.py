@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from visionselector_eval.baselines.budget import Share, parse_budget
-from visionselector_eval.baselines.errors import InputError, unknown
+from visionselector_eval.baselines.contract.budget import Share, parse_budget
+from visionselector_eval.baselines.contract.errors import InputError, unknown
 from visionselector_eval.models.tiny import EMBEDDED, TINY
 
 # At most 64 tokens a picture: what the published recipe trains with (arXiv 2510.16598).

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.models.backbones.llava import VICUNA_TEMPLATE, Llava
 from visionselector_eval.models.backbones.token_fusion import LAYERS, FusedLlava, FusionConfig, TokenFusion
 from visionselector_eval.models.loading import choose_dtype, load_backbone
-
-from .data import Conversations
-from .export import KINDS, load_fusion, read_config, save_learned, save_whole
-from .learners import Learner, Outcome, seeded
-from .spec import TokenFusionSpec
+from visionselector_eval.models.training.data import Conversations
+from visionselector_eval.models.training.export import KINDS, load_fusion, read_config, save_learned, save_whole
+from visionselector_eval.models.training.learners import Learner, Outcome, seeded
+from visionselector_eval.models.training.spec import TokenFusionSpec
 
 if TYPE_CHECKING:
     from visionselector_eval.models.backbones.base import Backbone

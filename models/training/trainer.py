@@ -22,15 +22,15 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
 
-from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.models.inputs import MediaSettings
 from visionselector_eval.models.tiny import EMBEDDED
-
-from .data import Collator, Conversations, MediaPaths, Tokeniser
-from .export import KINDS, Kind, read_config, write_atomically
-from .learners import Learner, Outcome, PredictorLearner, SelectorLearner
-from .spec import PredictorSpec, SelectorSpec, TokenFusionSpec, TrainSpec, spec_yaml
-from .token_fusion import TokenFusionLearner
+from visionselector_eval.models.training.data import Collator, Conversations, Tokeniser
+from visionselector_eval.models.training.export import KINDS, Kind, read_config, write_atomically
+from visionselector_eval.models.training.learners import Learner, Outcome, PredictorLearner, SelectorLearner
+from visionselector_eval.models.training.records import MediaPaths
+from visionselector_eval.models.training.spec import PredictorSpec, SelectorSpec, TokenFusionSpec, TrainSpec, spec_yaml
+from visionselector_eval.models.training.token_fusion import TokenFusionLearner
 
 if TYPE_CHECKING:
     from visionselector_eval.models.backbones.base import Backbone

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .compressor import VisionSelector
-from .idpruner import IDPruner
-from .scorer import Scorer, load_scorer
-from .soft_topk import soft_topk
+from visionselector_eval.models.visionselector.compressor import VisionSelector
+from visionselector_eval.models.visionselector.idpruner import IDPruner
+from visionselector_eval.models.visionselector.scorer import Scorer, load_scorer
+from visionselector_eval.models.visionselector.soft_topk import soft_topk
 
 __all__ = ["IDPruner", "Scorer", "VisionSelector", "load_scorer", "soft_topk"]

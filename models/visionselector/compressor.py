@@ -15,17 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionselector_eval.baselines.base import (
-    Compressor,
-    Host,
-    InputError,
-    ScoreCompressor,
-    VisualTokens,
-    weights_digest,
-)
-
-from .released import PUBLISHED
-from .scorer import Scorer, load_scorer, scorer_keys
+from visionselector_eval.baselines.contract.base import Compressor, Host, ScoreCompressor, VisualTokens, weights_digest
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.models.visionselector.released import PUBLISHED
+from visionselector_eval.models.visionselector.scorer import Scorer, load_scorer, scorer_keys
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,17 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import LongTensor, Tensor
 
-from visionselector_eval.baselines.base import (
-    InputError,
-    Selection,
-    SimilarityRows,
-    VisualTokens,
-    first_largest,
-    pick_all,
-    unit_rows,
-)
-
-from .compressor import ScorerCompressor
+from visionselector_eval.baselines.contract.base import Selection, VisualTokens
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.greedy import SimilarityRows, pick_all
+from visionselector_eval.baselines.contract.numerics import first_largest, unit_rows
+from visionselector_eval.models.visionselector.compressor import ScorerCompressor
 
 
 @dataclass(frozen=True, kw_only=True)

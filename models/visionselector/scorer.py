@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from visionselector_eval.baselines.base import InputError
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.models.visionselector.released import ALIASES
 from visionselector_eval.models.weights import find_tensors
-
-from .released import ALIASES
 
 __all__ = ["Scorer", "load_scorer"]
 

@@ -9,7 +9,8 @@ import torch
 from torch import BoolTensor, LongTensor, Tensor
 from torch.autograd.function import once_differentiable
 
-from visionselector_eval.baselines.base import InputError, working_dtype
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.numerics import working_dtype
 
 __all__ = ["soft_topk"]
 

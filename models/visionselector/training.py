@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from visionselector_eval.baselines.base import Budget, InputError, Share, top_k
-
-from .soft_topk import soft_topk
+from visionselector_eval.baselines.contract.budget import Budget, Share
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.numerics import top_k
+from visionselector_eval.models.visionselector.soft_topk import soft_topk
 
 __all__ = [
     "Gates",

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from visionselector_eval.baselines.errors import InputError, unknown
+from visionselector_eval.baselines.contract.errors import InputError, unknown
 from visionselector_eval.tasks.tiny import clips, pictures, reading, scenes
 from visionselector_eval.tasks.tiny.document import CELL, Document, Generator, Mark
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.tasks.tiny import EVALUATION_SEED, MIRRORS, Document, generate, mirror
 from visionselector_eval.tasks.tiny.canvas import COLOURS, INK
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.tasks.tiny import EVALUATION_SEED, GENERATOR_VERSION, Document, Mirror, generate, mirror
 from visionselector_eval.tasks.tiny.clips import write_clip
 

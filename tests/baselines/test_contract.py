@@ -22,9 +22,9 @@ from visionselector_eval.baselines import (
     available,
     build,
     parse_budget,
-    registry,
     top_k,
 )
+from visionselector_eval.baselines.contract import registry
 
 TOKENS = VisualTokens(features=torch.eye(8), grid=(1, 2, 4), key="a")
 

@@ -10,7 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from visionselector_eval.baselines import InputError, Tokens, build, sparsevlm
-from visionselector_eval.baselines.base import DecoderView, Host, Share, shrinking, unit_rows
+from visionselector_eval.baselines.contract.base import Host
+from visionselector_eval.baselines.contract.budget import Share
+from visionselector_eval.baselines.contract.decoder import DecoderView, shrinking
+from visionselector_eval.baselines.contract.numerics import unit_rows
 from visionselector_eval.baselines.dart import pick
 from visionselector_eval.baselines.sparsevlm import density_peaks, merged_into, raters
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from visionselector_eval.baselines import divprune, fused, id_selection
-from visionselector_eval.baselines.base import _FUSED, pick_all, unit_rows
+from visionselector_eval.baselines import divprune, id_selection
+from visionselector_eval.baselines.contract import fused
+from visionselector_eval.baselines.contract.greedy import _FUSED, pick_all
+from visionselector_eval.baselines.contract.numerics import unit_rows
 from visionselector_eval.models.visionselector import idpruner
 
 triton = pytest.importorskip("triton", reason="no Triton for this platform")
@@ -20,7 +22,7 @@ triton = pytest.importorskip("triton", reason="no Triton for this platform")
 SAME = """
 import torch
 from visionselector_eval.baselines import divprune, fused, id_selection
-from visionselector_eval.baselines.base import pick_all
+from visionselector_eval.baselines.contract.greedy import pick_all
 from visionselector_eval.models.visionselector import idpruner
 
 def rows(n, kind, generator):
@@ -76,7 +78,7 @@ def test_the_kernel_is_built_for_gpus(capability: int, fades: bool) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from visionselector_eval.baselines.fused_kernel import picks
+    from visionselector_eval.baselines.contract.greedy_kernel import picks
 
     types = {
         **dict.fromkeys(("similarity", "start"), "*fp32"),
@@ -130,7 +132,7 @@ def test_no_kernel_where_there_is_no_gpu() -> None:
 
 
 def test_without_a_working_triton_the_loops_remain_and_it_is_said_once(monkeypatch, caplog) -> None:
-    monkeypatch.setitem(sys.modules, "visionselector_eval.baselines.fused_kernel", None)
+    monkeypatch.setitem(sys.modules, "visionselector_eval.baselines.contract.greedy_kernel", None)
     fused.works.cache_clear()
     try:
         assert not fused.works(torch.device("cpu"))

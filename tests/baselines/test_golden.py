@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy
 
 from visionselector_eval.baselines import EncoderTrace, VisualTokens, build, cdpruner, holov, id_selection, top_k
-from visionselector_eval.baselines.base import unit_rows
+from visionselector_eval.baselines.contract.numerics import unit_rows
 from visionselector_eval.baselines.divprune import pick_order
 from visionselector_eval.models.visionselector import Scorer, idpruner, soft_topk
 

@@ -26,10 +26,11 @@ from visionselector_eval.baselines import (
     cdpruner,
     holov,
     id_selection,
-    registry,
     top_k,
 )
-from visionselector_eval.baselines.base import Host, rounded, unit_rows
+from visionselector_eval.baselines.contract import registry
+from visionselector_eval.baselines.contract.base import Host
+from visionselector_eval.baselines.contract.numerics import rounded, unit_rows
 from visionselector_eval.baselines.divprune import pick_order
 from visionselector_eval.baselines.vispruner import diverse
 from visionselector_eval.harness.microbenchmarks.compressors import Allocations

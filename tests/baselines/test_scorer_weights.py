@@ -331,7 +331,7 @@ def test_a_pickle_is_never_run(tmp_path):
 
 def test_stock_backbones_default_to_their_released_scorer():
     """`--pretrained Qwen/Qwen2.5-VL-7B-Instruct --methods visionselector` works as it is; what is given wins."""
-    from visionselector_eval.baselines.registry import resolve_options
+    from visionselector_eval.baselines.contract.registry import resolve_options
 
     stock = "Qwen/Qwen2.5-VL-7B-Instruct"
     assert resolve_options("visionselector", {}, stock)["scorer"] == "JulietChoo/VisionSelector-Qwen2.5-VL-7B"

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from visionselector_eval.baselines.registry import BUILTIN
+from visionselector_eval.baselines.contract.registry import BUILTIN
 from visionselector_eval.harness import cli
-from visionselector_eval.harness.store import load_run
+from visionselector_eval.harness.store.run import load_run
 
 TINY = ["--device", "cpu", "--dtype", "float32", "--attn-implementation", "sdpa", "--limit", "1"]
 

@@ -13,7 +13,7 @@ import pytest
 from local_data import CLIPS, DOCUMENTS, SERVER, break_picture, write_task
 
 from visionselector_eval.harness import cli
-from visionselector_eval.harness.store import load_run
+from visionselector_eval.harness.store.run import load_run
 from visionselector_eval.tasks.suites import suite
 
 METHOD = ["--methods", "random", "--budgets", "0.2"]

@@ -21,8 +21,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from visionselector_eval.baselines import available, parse_budget
-from visionselector_eval.harness import cli, evaluate
-from visionselector_eval.harness.store import load_run
+from visionselector_eval.harness import cli
+from visionselector_eval.harness.cli import sweep as sweep_command
+from visionselector_eval.harness.cli.arguments import EXIT_BAD_INPUT, PROGRAM, spec_from
+from visionselector_eval.harness.cli.commands import COMMANDS
+from visionselector_eval.harness.store.run import load_run
+from visionselector_eval.harness.sweep import worker
 from visionselector_eval.models.backbones.qwen2_5_vl import Qwen2_5_VL
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
 from visionselector_eval.models.tiny import checkpoint
@@ -54,7 +58,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 # help ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_subcommand_has_an_example_that_it_understands(command, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
@@ -64,21 +68,21 @@ def test_every_subcommand_has_an_example_that_it_understands(command, capsys):
     assert examples
     for example in examples:
         program, name, *flags = shlex.split(example)
-        assert (program, name) == (cli.PROGRAM, command)
-        parsed = cli.COMMANDS[command][0]().parse_all(flags)
+        assert (program, name) == (PROGRAM, command)
+        parsed = COMMANDS[command].parser().parse_all(flags)
         if command == "sweep":
-            cli._spec_from(parsed)
+            spec_from(parsed)
 
 
 def test_the_overview_names_every_command_and_exit_code(capsys):
     for asked in (["--help"], ["-h"], ["help"]):
         code, out, err = run(capsys, *asked)
         assert (code, err) == (0, "")
-        assert all(re.search(rf"^  {name} ", out, re.M) for name in cli.COMMANDS)
+        assert all(re.search(rf"^  {name} ", out, re.M) for name in COMMANDS)
         assert "2 bad input" in out
     example = out.strip().splitlines()[-1].split()
-    cli._spec_from(cli._sweep_parser().parse_all(example[1:]))
-    assert run(capsys, "--version")[1].startswith(f"{cli.PROGRAM} 0.")
+    spec_from(sweep_command.parser().parse_all(example[1:]))
+    assert run(capsys, "--version")[1].startswith(f"{PROGRAM} 0.")
 
 
 # list, doctor, report ------------------------------------------------------------------------------------------------
@@ -367,10 +371,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(what, media, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     make, message = MISTAKES[what]
     code, out, err = run(capsys, *make(tmp_path, media))
-    assert code == cli.EXIT_BAD_INPUT == 2
+    assert code == EXIT_BAD_INPUT == 2
     assert out == ""
     assert err.count("\n") == 1, err
-    assert err.startswith(f"{cli.PROGRAM}: ")
+    assert err.startswith(f"{PROGRAM}: ")
     assert re.search(message, err), err
     assert "Traceback" not in err
 
@@ -386,11 +390,11 @@ def test_an_empty_data_set_is_one_line_and_exit_code_2(tmp_path, monkeypatch, ca
         "dataset_kwargs": {"data_files": {"test": str(empty)}, "cache_dir": str(tmp_path / "hf2")},
     }
     bind = binding.bind
-    monkeypatch.setattr(evaluate.binding, "bind", lambda name, **options: bind(name, override=location, **options))
+    monkeypatch.setattr(worker.binding, "bind", lambda name, **options: bind(name, override=location, **options))
     flags = ["--methods", "divprune", "--budgets", "0.2", "--tasks", "chartqa", "--device", "cpu"]
     code, out, err = run(capsys, "sweep", *flags, "--output", str(tmp_path / "run"))
     assert (code, out) == (2, "")
-    assert re.fullmatch(rf"{cli.PROGRAM}: .*chartqa has no documents: its data set is empty.*\n", err), err
+    assert re.fullmatch(rf"{PROGRAM}: .*chartqa has no documents: its data set is empty.*\n", err), err
 
 
 def test_cells_of_other_settings_are_one_line_and_exit_code_2(tmp_path, capsys):
@@ -398,7 +402,7 @@ def test_cells_of_other_settings_are_one_line_and_exit_code_2(tmp_path, capsys):
     assert run(capsys, *flags)[0] == 0
     code, out, err = run(capsys, *flags, "--generation", "max_new_tokens=2")
     assert (code, out) == (2, "")
-    assert re.fullmatch(rf"{cli.PROGRAM}: .*made with other settings \(generation\).*--overwrite\n", err), err
+    assert re.fullmatch(rf"{PROGRAM}: .*made with other settings \(generation\).*--overwrite\n", err), err
     assert run(capsys, *flags, "--generation", "max_new_tokens=2", "--overwrite")[0] == 0
 
 
@@ -406,13 +410,13 @@ def test_the_demo_of_an_old_checkout_is_made_anew(tmp_path, monkeypatch, capsys)
     """`make demo` after the weights and the version changed: a leaderboard, of new cells alone."""
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     (demo,) = re.findall(r"^DEMO := (.*)$", makefile, re.M)
-    parsed = cli._sweep_parser().parse_all(shlex.split(demo))
+    parsed = sweep_command.parser().parse_all(shlex.split(demo))
     assert (parsed.name, parsed.replace_stale) == ("demo", True)
     monkeypatch.chdir(tmp_path)
     fewer = ["--limit", "2", "--tasks", "tiny_pope", "--methods", "uniform", "--device", "cpu"]
     with monkeypatch.context() as then:
-        then.setattr("visionselector_eval.harness.sweep.version", lambda package: "0.0")
-        then.setattr("visionselector_eval.harness.sweep.checkpoint_revision", lambda *a: "old weights")
+        then.setattr("visionselector_eval.harness.sweep.plan.version", lambda package: "0.0")
+        then.setattr("visionselector_eval.harness.sweep.plan.checkpoint_revision", lambda *a: "old weights")
         assert run(capsys, "sweep", *shlex.split(demo), *fewer)[0] == 0
         old = set(load_run("runs/demo").cells["digest"])
     plain = [flag for flag in shlex.split(demo) if flag != "--replace-stale"]
@@ -452,17 +456,17 @@ def test_stopped_by_hand_says_that_it_can_go_on(tmp_path, monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate.Answerer, "answer", stop)
+    monkeypatch.setattr(worker.Answerer, "answer", stop)
     code, _, err = run(capsys, "sweep", *SMALL, "--output", str(tmp_path / "run"))
     assert code == 130
-    assert err.splitlines()[-1] == f"{cli.PROGRAM}: stopped; the same command goes on where this one was"
+    assert err.splitlines()[-1] == f"{PROGRAM}: stopped; the same command goes on where this one was"
 
 
 # as processes --------------------------------------------------------------------------------------------------------
 
 
 def console_script() -> list[str]:
-    return [str(Path(sys.executable).with_name(cli.PROGRAM))]
+    return [str(Path(sys.executable).with_name(PROGRAM))]
 
 
 @pytest.mark.parametrize(
@@ -474,7 +478,7 @@ def test_the_program_itself_says_one_line(program, tmp_path):
     flags = ["ask", "?", "--pretrained", folder, "--device", "cpu"]
     done = subprocess.run([*program, *flags], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(rf"{cli.PROGRAM}: weights of .* can't be read.*\n", done.stderr), done.stderr
+    assert re.fullmatch(rf"{PROGRAM}: weights of .* can't be read.*\n", done.stderr), done.stderr
 
 
 def test_a_reader_that_stops_early_is_no_error(tmp_path):
@@ -492,7 +496,7 @@ def test_every_flag_that_is_taken_is_read():
     import argparse
     import ast
 
-    from visionselector_eval.harness.cli import COMMANDS
+    from visionselector_eval.harness.cli.commands import COMMANDS
 
     def flags(parser: argparse.ArgumentParser) -> Iterator[str]:
         for action in parser._actions:
@@ -510,13 +514,13 @@ def test_every_flag_that_is_taken_is_read():
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 read.update({node.value, f"profile_{node.value}"})
     fields = {name for spec in _specs() for name in spec.model_fields}
-    for command, (make_parser, _, _) in COMMANDS.items():
-        assert not set(flags(make_parser())) - read - fields, command
+    for name, command in COMMANDS.items():
+        assert not set(flags(command.parser())) - read - fields, name
 
 
 def _specs() -> list[Any]:
     from visionselector_eval.harness.profiler.spec import ProfileSpec
-    from visionselector_eval.harness.spec import SweepSpec
-    from visionselector_eval.harness.training import KINDS
+    from visionselector_eval.harness.sweep.spec import SweepSpec
+    from visionselector_eval.harness.training.run import KINDS
 
     return [SweepSpec, ProfileSpec, *KINDS.values()]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visionselector_eval.baselines.registry import BUILTIN, compressor_class
+from visionselector_eval.baselines.contract.registry import BUILTIN, compressor_class
 from visionselector_eval.harness.microbenchmarks import compressors as benchmark
 
 TIMED = [name for name in BUILTIN if name != "full" and compressor_class(name).stage in ("projector", "decoder")]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from sweeps import sweep
 
 from visionselector_eval.baselines import InputError
-from visionselector_eval.harness import cli, evaluate
-from visionselector_eval.harness.difficulty import (
+from visionselector_eval.harness import cli
+from visionselector_eval.harness.report.difficulty import (
     COLUMNS,
     MINIMUM,
     difficulty,
@@ -24,8 +24,9 @@ from visionselector_eval.harness.difficulty import (
     to_markdown,
     to_terminal,
 )
-from visionselector_eval.harness.evaluate import Answered
-from visionselector_eval.harness.store import load_run
+from visionselector_eval.harness.store.run import load_run
+from visionselector_eval.harness.sweep import worker
+from visionselector_eval.harness.sweep.worker import Answered
 
 # 20 documents: full is right on 0..15, downsample on 0..3 and 16. A = 4..15, B = 0..3. The method is right on 6 of A,
 # 2 of B, and 17.
@@ -279,7 +280,7 @@ def test_an_interval_holds_its_share(documents: list[tuple[bool, int]]) -> None:
 
 def scripted(task: str, documents: int):
     """An `answer` that gives full right answers, downsample those to every third document, divprune to every other."""
-    bound = evaluate.bound_task(task, "qwen2_5_vl", documents)
+    bound = worker.bound_task(task, "qwen2_5_vl", documents)
     rows = [bound.tasks[task].eval_docs_no_media[number] for number in range(documents)]
 
     def answer(unit):

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from visionselector_eval.harness import doctor
 from visionselector_eval.harness import environment as env
-from visionselector_eval.harness.doctor import Check, checks, exit_code, render, to_table
+from visionselector_eval.harness.doctor import machine as doctor
+from visionselector_eval.harness.doctor.machine import Check, checks, exit_code, render, to_table
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_missing_entry_point_and_unlisted_model(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_compressor_that_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    from visionselector_eval.baselines import registry
+    from visionselector_eval.baselines.contract import registry
 
     monkeypatch.setitem(registry.BUILTIN, "ghost", "visionselector_eval.baselines.no_such_file:Ghost")
     by_name = {check.name: check for check in doctor._compressors()}

@@ -12,11 +12,13 @@ import datasets
 import pytest
 from local_data import CLIPS, DOCUMENTS, dataset, write_clips, write_task
 
-from visionselector_eval.harness import cli, data_checks
-from visionselector_eval.harness.data_checks import data_checks as check
-from visionselector_eval.harness.data_checks import missing_packages
-from visionselector_eval.harness.doctor import Check, exit_code
-from visionselector_eval.tasks import data, suites
+from visionselector_eval.harness import cli
+from visionselector_eval.harness.doctor import data as data_checks
+from visionselector_eval.harness.doctor.data import data_checks as check
+from visionselector_eval.harness.doctor.data import missing_packages
+from visionselector_eval.harness.doctor.machine import Check, exit_code
+from visionselector_eval.tasks import suites
+from visionselector_eval.tasks.local import upstream
 
 
 def one(task: str, root: Path | None = None) -> Check:
@@ -65,7 +67,7 @@ def test_a_group_has_a_line_for_each_member(tmp_path: Path) -> None:
 
 def prepared_copy(cache: Path, task: str) -> None:
     """What the datasets library leaves in its cache after a load from the hub."""
-    of = data.upstream(task)
+    of = upstream.upstream(task)
     owner, name = of.dataset_path.split("/")
     folder = cache / f"{owner}___{datasets.naming.camelcase_to_snakecase(name)}" / (of.dataset_name or "default")
     folder = folder / "0.0.0" / "abc"
@@ -115,10 +117,10 @@ def test_packages_are_found_without_running_the_code(tmp_path: Path, monkeypatch
         return None if name in ("cv2", "decord") else object()
 
     monkeypatch.setattr(data_checks, "find_spec", only)
-    assert missing_packages(data.upstream("longvideobench_val_v")) == ["decord"]
-    assert missing_packages(data.upstream("videomme")) == ["cv2"]
+    assert missing_packages(upstream.upstream("longvideobench_val_v")) == ["decord"]
+    assert missing_packages(upstream.upstream("videomme")) == ["cv2"]
     # nltk and pywsd are optional there
-    assert missing_packages(data.upstream("nextqa_mc_test")) == []
+    assert missing_packages(upstream.upstream("nextqa_mc_test")) == []
     write_task(tmp_path, "videomme")
     found = one("videomme", tmp_path)
     assert found.ok is False

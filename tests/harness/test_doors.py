@@ -13,15 +13,15 @@ import torch
 from battery import picture
 
 from visionselector_eval.harness import cli
-from visionselector_eval.harness.evaluate import document_requests
 from visionselector_eval.harness.profiler.run import _workloads
 from visionselector_eval.harness.profiler.spec import make_profile_spec
-from visionselector_eval.harness.spec import make_spec
-from visionselector_eval.harness.sweep import _prompts_hash
-from visionselector_eval.models.compressed import VisionSelectorLlava, VisionSelectorQwen2_5_VL
+from visionselector_eval.harness.sweep.plan import _prompts_hash
+from visionselector_eval.harness.sweep.spec import make_spec
+from visionselector_eval.harness.sweep.worker import document_requests
+from visionselector_eval.models.lmms_eval_models import VisionSelectorLlava, VisionSelectorQwen2_5_VL
 from visionselector_eval.models.protocols import PROTOCOLS
 from visionselector_eval.models.tiny import checkpoint
-from visionselector_eval.tasks import binding, host
+from visionselector_eval.tasks import binding, lmms
 from visionselector_eval.tasks.tiny import MIRRORS
 
 MMMU = "tiny_mmmu_val"
@@ -50,7 +50,7 @@ def seen_by_the_command(model: Any, task: str, limit: int) -> list[Any]:
     prepare = model.answerer.prepare
     model.answerer.prepare = lambda batch, settings: seen.extend(batch) or prepare(batch, settings)
     bound = binding.bind(task, limit=limit)
-    host.lmms_eval().simple_evaluate(
+    lmms.lmms_eval().simple_evaluate(
         model=model,
         tasks=list(bound.tasks.values()),
         task_manager=bound.task_manager,
@@ -101,7 +101,7 @@ def test_the_default_is_the_same_at_every_door(kind, name, protocol, real, tmp_p
 def test_the_command_on_the_embedded_checkpoint_scores(real):
     """As documented: with the protocol of another family of pictures it would answer nothing right."""
     bound = binding.bind("tiny_chartqa", limit=8)
-    results = host.lmms_eval().simple_evaluate(
+    results = lmms.lmms_eval().simple_evaluate(
         model=stock(VisionSelectorQwen2_5_VL, "tiny"),
         tasks=list(bound.tasks.values()),
         task_manager=bound.task_manager,
@@ -194,7 +194,7 @@ def test_an_empty_line_does_not_end_an_answer(tiny, monkeypatch):
     for task, expected in (("tiny_ocrbench", answer), ("tiny_textvqa_val", answer.split("ASSISTANT:")[0])):
         model = VisionSelectorQwen2_5_VL(backbone=tiny)
         bound = binding.bind(task, limit=1)
-        results = host.lmms_eval().simple_evaluate(
+        results = lmms.lmms_eval().simple_evaluate(
             model=model,
             tasks=list(bound.tasks.values()),
             task_manager=bound.task_manager,

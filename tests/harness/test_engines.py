@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from visionselector_eval.baselines import InputError
-from visionselector_eval.harness.engines import engine
-from visionselector_eval.harness.evaluate import Answered, Failed, Unit, Work
+from visionselector_eval.harness.sweep.engines import engine
+from visionselector_eval.harness.sweep.worker import Answered, Failed, Unit, Work
 
 ray = pytest.importorskip("ray", reason="the ray extra is optional")
 

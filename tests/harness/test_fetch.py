@@ -14,9 +14,12 @@ import datasets
 import pytest
 from local_data import DOCUMENTS, PICTURE, dataset, write_clips, write_task
 
-from visionselector_eval.baselines.errors import InputError
-from visionselector_eval.harness import cli, fetch
-from visionselector_eval.tasks import binding, data
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.harness import cli
+from visionselector_eval.tasks import (
+    binding,
+)
+from visionselector_eval.tasks.local import fetch, upstream
 
 # Where the stand-in's repositories keep their clips: what is a folder here is an archive there.
 REPOSITORIES = {
@@ -41,7 +44,7 @@ class FakeHub(fetch.Hub):
         if name == "testdev_balanced_instructions":
             return dataset([{"imageId": f"p{i}", "question": "Which?", "answer": "dog"} for i in (2, 0, 2, 1)])
         for task, (own, rows) in DOCUMENTS.items():
-            of = data.upstream(task)
+            of = upstream.upstream(task)
             if (of.dataset_path, of.dataset_name, own) == (path, name, split):
                 return dataset(rows)
         raise FileNotFoundError(f"Dataset '{path}' doesn't exist on the Hub or cannot be accessed.")
@@ -115,7 +118,7 @@ def test_videos_are_unpacked(task: str, hub: FakeHub, tmp_path: Path) -> None:
     assert states(results) == {task: "fetched"}, results
     for request in binding.requests(binding.bind(task, data_root=tmp_path / "root")):
         assert Path(request.messages().extract_media()[1][0]).stat().st_size > 0
-    of = data.upstream(task)
+    of = upstream.upstream(task)
     assert next(a for a in hub.asked if len(a) == 3)[:2] == (of.dataset_path, of.kwargs.get("revision"))
     assert not list((tmp_path / "root").rglob(".*"))
     hub.asked.clear()

@@ -15,10 +15,13 @@ import pandas as pd
 import pytest
 
 from visionselector_eval.baselines import InputError
-from visionselector_eval.harness import stats
-from visionselector_eval.harness.against import MEAN, _cell, against
-from visionselector_eval.harness.leaderboard import Leaderboard, build_leaderboard, write
-from visionselector_eval.harness.store import CellRecord, Run, digest_of
+from visionselector_eval.harness.report import stats
+from visionselector_eval.harness.report.leaderboard import build_leaderboard, write
+from visionselector_eval.harness.report.pairwise import MEAN, _cell, against
+from visionselector_eval.harness.report.render import Leaderboard
+from visionselector_eval.harness.store.files import digest_of
+from visionselector_eval.harness.store.record import CellRecord
+from visionselector_eval.harness.store.run import Run
 
 RIGHT = [1.0] * 15 + [0.0] * 5
 

@@ -10,7 +10,7 @@ from local_data import write_task
 from sweeps import sweep
 
 from visionselector_eval.harness import cli
-from visionselector_eval.harness.store import load_run
+from visionselector_eval.harness.store.run import load_run
 from visionselector_eval.tasks.suites import suite
 
 

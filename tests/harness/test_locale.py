@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from source_tree import ROOT
 
-from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.harness import terminal
 
 COMMANDS = """

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from visionselector_eval.harness.cli import main
+from visionselector_eval.harness.cli.commands import main
 
 WRITTEN = Path(__file__).parent / "written_by_0_1_0"  # two cells, by release 0.1.0 itself
 

@@ -13,7 +13,7 @@ import pytest
 
 from visionselector_eval.baselines import InputError, available, parse_budget
 from visionselector_eval.harness import cli
-from visionselector_eval.harness.published import (
+from visionselector_eval.harness.report.published import (
     COLUMNS,
     FOLDER,
     LABEL,
@@ -25,7 +25,9 @@ from visionselector_eval.harness.published import (
     render,
     write,
 )
-from visionselector_eval.harness.store import CellRecord, Run, digest_of
+from visionselector_eval.harness.store.files import digest_of
+from visionselector_eval.harness.store.record import CellRecord
+from visionselector_eval.harness.store.run import Run
 from visionselector_eval.tasks.suites import load_suites
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,19 +20,14 @@ from visionselector_eval.baselines import InputError, Selection
 from visionselector_eval.baselines.divprune import DivPrune
 from visionselector_eval.baselines.downsample import Downsample
 from visionselector_eval.baselines.random import Random
-from visionselector_eval.harness import cli, evaluate
-from visionselector_eval.harness.smoke import (
-    DEFAULTS,
-    EXPECTATION,
-    Expectation,
-    Outcome,
-    Tolerance,
-    compare,
-    read,
-    spec_of,
-    to_junit,
-    tolerance_of,
-)
+from visionselector_eval.harness import cli
+from visionselector_eval.harness.cli.arguments import PROGRAM
+from visionselector_eval.harness.cli.commands import COMMANDS
+from visionselector_eval.harness.smoke.compare import Outcome, Tolerance, compare
+from visionselector_eval.harness.smoke.expectation import DEFAULTS, EXPECTATION, Expectation, read
+from visionselector_eval.harness.smoke.junit import to_junit
+from visionselector_eval.harness.smoke.run import spec_of, tolerance_of
+from visionselector_eval.harness.sweep import worker
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--methods", "downsample", "random", "--tasks", "tiny_chartqa", "tiny_pope", "--limit", "2"]
@@ -144,14 +139,14 @@ def test_a_changed_method_is_noticed_and_named(
 def test_a_changed_answer_is_shown(
     expectation: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = evaluate.Answerer.answer
+    given = worker.Answerer.answer
 
     def other(self: Any, prepared: Any, setting: Any) -> Any:
         answers = given(self, prepared, setting)
         drawn = setting.compressor.name == "random"
         return [replace(answer, text=answer.text + "!") for answer in answers] if drawn else answers
 
-    monkeypatch.setattr(evaluate.Answerer, "answer", other)
+    monkeypatch.setattr(worker.Answerer, "answer", other)
     code, out, _ = smoke(capsys, "--score-tolerance", "1")
     old = read(expectation).cells[2].answers["tiny_chartqa/0"]
     assert code == 3
@@ -337,7 +332,7 @@ def test_any_answer_can_stand_in_the_report(expectation: Path) -> None:
 
 
 def test_the_default_is_every_built_in_method_on_every_mirror() -> None:
-    from visionselector_eval.baselines.registry import BUILTIN
+    from visionselector_eval.baselines.contract.registry import BUILTIN
     from visionselector_eval.tasks.suites import load_suites
 
     spec, settings = spec_of({})
@@ -375,11 +370,11 @@ def test_the_workflow_of_the_documentation_is_one() -> None:
                 s["uses"].split("@")[0] for s in steps if "uses" in s
             }
             lines = [line for step in steps for line in step.get("run", "").splitlines()]
-            commands += [line for line in lines if line.startswith(cli.PROGRAM)]
+            commands += [line for line in lines if line.startswith(PROGRAM)]
     assert commands
     for command in commands:
         _, name, *flags = shlex.split(command)
-        cli.COMMANDS[name][0]().parse_all(flags)
+        COMMANDS[name].parser().parse_all(flags)
 
 
 def test_the_methods_are_really_those_that_are_run(

@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from visionselector_eval.baselines import InputError, available
-from visionselector_eval.baselines.budget import Share
+from visionselector_eval.baselines.contract.budget import Share
 from visionselector_eval.harness import cli
-from visionselector_eval.harness.spec import (
+from visionselector_eval.harness.cli import sweep as sweep_command
+from visionselector_eval.harness.cli.arguments import spec_from
+from visionselector_eval.harness.sweep.spec import (
     BackboneSpec,
     SweepSpec,
     cells_of,
@@ -56,8 +58,8 @@ RICH = {
 
 
 def from_flags(*flags: str) -> SweepSpec:
-    parser = cli._sweep_parser()
-    return cli._spec_from(parser.parse_all(list(flags)))
+    parser = sweep_command.parser()
+    return spec_from(parser.parse_all(list(flags)))
 
 
 # round trips ---------------------------------------------------------------------------------------------------------

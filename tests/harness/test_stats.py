@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from visionselector_eval.harness.stats import (
+from visionselector_eval.harness.report.stats import (
     Interval,
     distinguishable,
     mean_of_differences,
@@ -26,7 +26,8 @@ SCORES = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_s
 
 
 def test_imports_neither_torch_nor_lmms_eval() -> None:
-    code = "import sys, visionselector_eval.harness.stats; print({'torch', 'lmms_eval', 'scipy'} & set(sys.modules))"
+    module = "visionselector_eval.harness.report.stats"
+    code = f"import sys, {module}; print({{'torch', 'lmms_eval', 'scipy'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

@@ -21,15 +21,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from visionselector_eval.baselines import InputError, Share, Tokens
-from visionselector_eval.harness.store import (
-    CellRecord,
-    Journal,
-    Run,
-    canonical_json,
-    digest_of,
-    load_run,
-    write_atomic,
-)
+from visionselector_eval.harness.store.files import canonical_json, digest_of, write_atomic
+from visionselector_eval.harness.store.journal import Journal
+from visionselector_eval.harness.store.record import CellRecord
+from visionselector_eval.harness.store.run import Run, load_run
 
 SETTINGS = {"backbone": "tiny", "method": "divprune", "options": {"upstream_exact": False}, "budget": "0.2"}
 DIGEST = digest_of(SETTINGS)

@@ -22,18 +22,22 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sweeps import SMALL, Answering, contents, records, small, sweep
 
-from visionselector_eval.baselines import InputError, parse_budget, registry
-from visionselector_eval.harness import cli, evaluate
-from visionselector_eval.harness.evaluate import Answered, answer_unit
-from visionselector_eval.harness.leaderboard import build_leaderboard
-from visionselector_eval.harness.screen import render_plan
-from visionselector_eval.harness.spec import cells_of, load_spec, make_spec
-from visionselector_eval.harness.store import IDENTITY, SAMPLE_COLUMNS, Run, load_run
-from visionselector_eval.harness.sweep import plan
+from visionselector_eval.baselines import InputError, parse_budget
+from visionselector_eval.baselines.contract import registry
+from visionselector_eval.harness import cli
+from visionselector_eval.harness.cli.arguments import EXIT_FAILED_CELLS
+from visionselector_eval.harness.report.leaderboard import build_leaderboard
+from visionselector_eval.harness.store.record import IDENTITY, SAMPLE_COLUMNS
+from visionselector_eval.harness.store.run import Run, load_run
+from visionselector_eval.harness.sweep import worker
+from visionselector_eval.harness.sweep.plan import plan
+from visionselector_eval.harness.sweep.screen import render_plan
+from visionselector_eval.harness.sweep.spec import cells_of, load_spec, make_spec
+from visionselector_eval.harness.sweep.worker import Answered, answer_unit
 from visionselector_eval.models.backbones.qwen2_5_vl import Qwen2_5_VL
 from visionselector_eval.models.generation import cut, generation_arguments
 from visionselector_eval.models.tiny import checkpoint
-from visionselector_eval.tasks import binding
+from visionselector_eval.tasks import binding, scoring
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -174,8 +178,8 @@ def test_the_full_row_is_the_stock_model(finished, tiny, tmp_path):
 
 def test_a_sweep_answers_what_the_lmms_eval_model_answers(finished, tiny):
     """The shared path of a sweep and lmms-eval's own evaluator with our model: answers, tokens and scores."""
-    from visionselector_eval.models.compressed import VisionSelectorQwen2_5_VL
-    from visionselector_eval.tasks import host
+    from visionselector_eval.models.lmms_eval_models import VisionSelectorQwen2_5_VL
+    from visionselector_eval.tasks import lmms
 
     cells, samples = load_run(finished)
     for method, budget in (("divprune", "0.2"), ("downsample", "0.2"), ("full", "1")):
@@ -183,7 +187,7 @@ def test_a_sweep_answers_what_the_lmms_eval_model_answers(finished, tiny):
             backbone=tiny, method=method, budget=budget, batch_size=2, protocol="checkpoint"
         )
         for task in SMALL["tasks"]:
-            results = host.lmms_eval().simple_evaluate(
+            results = lmms.lmms_eval().simple_evaluate(
                 model=model,
                 tasks=[task],
                 task_manager=binding.bind(task, limit=4).task_manager,
@@ -230,11 +234,11 @@ def test_one_vision_pass_serves_every_method_and_budget(tmp_path, monkeypatch):
         return encode(self, inputs, *args, **kwargs)
 
     monkeypatch.setattr(Qwen2_5_VL, "encode", counting)
-    read = evaluate.Answerer.prepare
-    monkeypatch.setattr(evaluate.Answerer, "prepare", lambda *a: pictures.append(len(a[1])) or read(*a))
-    load = evaluate.load_backbone
-    monkeypatch.setattr(evaluate, "load_backbone", lambda *a, **k: loads.append(a) or load(*a, **k))
-    evaluate._loaded.clear()
+    read = worker.Answerer.prepare
+    monkeypatch.setattr(worker.Answerer, "prepare", lambda *a: pictures.append(len(a[1])) or read(*a))
+    load = worker.load_backbone
+    monkeypatch.setattr(worker, "load_backbone", lambda *a, **k: loads.append(a) or load(*a, **k))
+    worker._loaded.clear()
     methods = ["divprune", "visionzip", "visionselector", "random", "uniform"]
     _, result = sweep(tmp_path / "a", methods=methods, budgets=[0.3, 0.2, 0.1], limit=6, batch_size=4)
     assert len(result.done) == 2 * (5 * 3 + 1)
@@ -284,14 +288,14 @@ def test_two_backbones_give_one_leaderboard_grouped_by_backbone(tmp_path, monkey
     """Each has a heading with its remark, a `full` row of its own and means relative to that one; so has the split."""
     remarked(monkeypatch)
     plain, retrained = names = two_checkpoints(tmp_path)
-    given = evaluate._plain
+    given = worker._plain
 
     def worse(documents, answers, skipped, remark=""):
         """The retrained one has no answer to the first document, so that its `full` row is another number."""
         told = given(documents, answers, skipped, remark)
         return [a | {"answer": ""} if remark and a["doc_id"] == 0 else a for a in told]
 
-    monkeypatch.setattr(evaluate, "_plain", worse)
+    monkeypatch.setattr(worker, "_plain", worse)
     folder = tmp_path / "run"
     assert cli.main(["sweep", "--pretrained", retrained, plain, *TWO, "--output", str(folder)]) == 0
     shown = capsys.readouterr().out
@@ -330,7 +334,7 @@ def test_a_remark_is_kept_where_the_backbone_is_not_loaded_again(tmp_path, monke
     name = two_checkpoints(tmp_path)[1]
     fields = {"backbones": [name], "tasks": ["tiny_pope"], "methods": ["divprune"], "protocol": "checkpoint"}
     with monkeypatch.context() as broken:
-        broken.setattr(binding, "score", lambda *a: 1 / 0)
+        broken.setattr(scoring, "score", lambda *a: 1 / 0)
         _, result = sweep(tmp_path / "run", **fields)
     assert len(result.failed) == 2
     assert set(load_run(tmp_path / "run").cells.remark) == {REMARK}
@@ -357,11 +361,11 @@ def test_a_run_without_remarks_still_loads(copy):
 
 def test_a_second_run_does_nothing(finished):
     before, answering = {p: p.stat().st_mtime_ns for p in (finished / "cells").rglob("*")}, Answering()
-    evaluate._loaded.clear()
+    worker._loaded.clear()
     _, result = sweep(finished, answer=answering)
     assert (len(result.before), result.done, result.failed) == (6, [], {})
     assert answering.units == []
-    assert evaluate._loaded == {}, "not even a backbone is loaded"
+    assert worker._loaded == {}, "not even a backbone is loaded"
     assert {p: p.stat().st_mtime_ns for p in (finished / "cells").rglob("*")} == before
 
 
@@ -416,7 +420,7 @@ def test_stale_cells_are_replaced_where_that_is_asked_for(copy, monkeypatch):
     """Cells of an older version go, wherever in the grid they stand; current ones stay as they are."""
     sweep(copy, tasks=["tiny_docvqa_val"])  # current, and not asked for below
     old = set(records(copy))
-    monkeypatch.setattr("visionselector_eval.harness.sweep.version", lambda package: "99")
+    monkeypatch.setattr("visionselector_eval.harness.sweep.plan.version", lambda package: "99")
     with pytest.raises(InputError, match=r"\(lmms_eval, version\).*--replace-stale"):
         sweep(copy, tasks=["tiny_pope"])
     assert set(records(copy)) == old
@@ -440,7 +444,7 @@ def test_results_whose_data_are_out_of_reach_are_not_stale(tmp_path):
     sweep(tmp_path / "run", **real)
     old = contents(tmp_path / "run")
     shutil.rmtree(tmp_path / "root" / "chartqa")
-    evaluate._bound.clear()  # as in another process
+    worker._bound.clear()  # as in another process
     with pytest.raises(InputError, match="made with other settings"):
         sweep(tmp_path / "run", replace_stale=True, **real)
     assert contents(tmp_path / "run") == old
@@ -449,8 +453,8 @@ def test_results_whose_data_are_out_of_reach_are_not_stale(tmp_path):
 @pytest.mark.parametrize("pretrained", ["tiny", "other"])
 def test_the_embedded_checkpoint_is_run_in_one_thread(pretrained, tmp_path, monkeypatch):
     seen = []
-    prepare = evaluate._prepare
-    monkeypatch.setattr(evaluate, "_prepare", lambda *a: seen.append(torch.get_num_threads()) or prepare(*a))
+    prepare = worker._prepare
+    monkeypatch.setattr(worker, "_prepare", lambda *a: seen.append(torch.get_num_threads()) or prepare(*a))
     if pretrained == "other":
         pretrained = str(shutil.copytree(checkpoint(), tmp_path / "other"))
     before = torch.get_num_threads()
@@ -538,7 +542,7 @@ def test_a_failed_cell_is_recorded_and_only_it_is_tried_again(third_party, tmp_p
     folder = tmp_path / "run"
     flags = ["--methods", "divprune", "fragile", "--budgets", "0.2", "--tasks", "tiny_pope", "--limit", "4"]
     command = ["sweep", *flags, "--device", "cpu", "--batch-size", "2", "--output", str(folder)]
-    assert cli.main(command) == cli.EXIT_FAILED_CELLS == 3
+    assert cli.main(command) == EXIT_FAILED_CELLS == 3
     said = capfd.readouterr()
     assert "failed: tiny fragile @ 0.2 on tiny_pope: RuntimeError: it broke on two lines\n" in said.err
     assert "Traceback" not in said.err
@@ -629,14 +633,14 @@ def test_no_backbone_that_can_be_loaded_is_bad_input(tmp_path, capfd):
 
 def test_a_cell_that_cannot_be_scored_fails_alone(tmp_path, monkeypatch):
     """Upstream's scoring code meets answers that it cannot read: the answers stay, the other cells go on."""
-    score = binding.score
+    score = scoring.score
 
     def breaks(bound, responses, *args):
         if bound.name == "tiny_pope":
             raise KeyError("yes")
         return score(bound, responses, *args)
 
-    monkeypatch.setattr(binding, "score", breaks)
+    monkeypatch.setattr(scoring, "score", breaks)
     _, result = sweep(tmp_path)
     assert (len(result.done), len(result.failed)) == (3, 3)
     assert set(result.failed.values()) == {"KeyError: 'yes'"}
@@ -767,7 +771,11 @@ class Audit(Answering):
 
 
 def child(folder: Path, audit: Path, arm=lambda: None) -> int:
-    """Start a sweep in a process of its own, which has this one's imports and backbone; its id."""
+    """Start a sweep in a process of its own, which has this one's imports, backbone and tasks; its id."""
+    # Whatever tests ran before: what is loaded after a fork meets locks and threads that are not there any more.
+    worker.backbone_of(_unit_of(folder.parent / "planned"))
+    for task in SMALL["tasks"]:
+        worker.bound_task(task, "qwen2_5_vl", KILLED["limit"])
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -813,16 +821,13 @@ def answered(audit: Path) -> list[tuple[str, str, int]]:
 def undisturbed(tmp_path_factory) -> Path:
     """The sweep that the killed ones must equal, in a child like theirs."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    evaluate.backbone_of(_unit_of(folder))
-    for task in SMALL["tasks"]:
-        evaluate.bound_task(task, "qwen2_5_vl", KILLED["limit"])
     assert ended(child(folder / "run", folder / "audit")) == 0
     assert len(answered(folder / "audit")) == 2 * 7 * 8
     return folder / "run"
 
 
-def _unit_of(folder: Path) -> evaluate.Unit:
-    from visionselector_eval.harness import sweep as module
+def _unit_of(folder: Path) -> worker.Unit:
+    from visionselector_eval.harness.sweep import run as module
 
     planned = plan(small(folder, **KILLED), None, "cpu")
     return module._unit(planned.spec, planned.groups[0], Run(folder), "cpu")

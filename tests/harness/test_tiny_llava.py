@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from visionselector_eval.baselines import build
 from visionselector_eval.harness import cli
-from visionselector_eval.harness.tiny_training import batches, fusion, llava_network, network, stages
-from visionselector_eval.harness.tiny_training.checkpoint import write_checkpoint
-from visionselector_eval.harness.tiny_training.lessons import lesson, upstream_prompt
-from visionselector_eval.harness.tiny_training.llava_network import LlavaNetwork
+from visionselector_eval.harness.training.tiny import batches, fusion, llava_network, network, stages
+from visionselector_eval.harness.training.tiny.checkpoint import write_checkpoint
+from visionselector_eval.harness.training.tiny.lessons import lesson, upstream_prompt
+from visionselector_eval.harness.training.tiny.llava_network import LlavaNetwork
 from visionselector_eval.models import load_backbone
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
 from visionselector_eval.models.tiny import EMBEDDED, checkpoint

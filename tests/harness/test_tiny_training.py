@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from visionselector_eval.baselines import build
 from visionselector_eval.harness import cli
-from visionselector_eval.harness.tiny_training import batches, network, stages
-from visionselector_eval.harness.tiny_training.lessons import lesson, upstream_prompt
+from visionselector_eval.harness.training.tiny import batches, network, stages
+from visionselector_eval.harness.training.tiny.lessons import lesson, upstream_prompt
 from visionselector_eval.models import load_backbone
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
 from visionselector_eval.tasks.tiny import EVALUATION_SEED, generate

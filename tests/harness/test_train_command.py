@@ -11,12 +11,16 @@ import yaml
 from PIL import Image
 
 from visionselector_eval.baselines import InputError
-from visionselector_eval.harness import cli, training_data
-from visionselector_eval.harness.training import spec_of
+from visionselector_eval.harness import cli
+from visionselector_eval.harness.cli.commands import COMMANDS
+from visionselector_eval.harness.training import data as training_data
+from visionselector_eval.harness.training.run import spec_of
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
-from visionselector_eval.models.training.data import IGNORED, Conversations, MediaPaths, Tokeniser
+from visionselector_eval.models.training.data import IGNORED, Conversations, Tokeniser
+from visionselector_eval.models.training.records import MediaPaths
 from visionselector_eval.models.training.spec import SPECS
-from visionselector_eval.tasks.binding import bind, requests, score
+from visionselector_eval.tasks.binding import bind, requests
+from visionselector_eval.tasks.scoring import score
 from visionselector_eval.tasks.tiny import MIRRORS, generate
 
 SEED = 1_000_003
@@ -296,7 +300,7 @@ def test_train_refuses_in_one_line(mirrors, tmp_path, monkeypatch, capsys, argum
 
 
 def test_flags_and_fields_are_the_same():
-    parser = cli.COMMANDS["train"][0]()
+    parser = COMMANDS["train"].parser()
     text = parser.format_help()
     for kind, spec in SPECS.items():
         for name, info in spec.model_fields.items():

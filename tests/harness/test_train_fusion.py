@@ -11,7 +11,8 @@ from llava_checkpoint import save_llava
 from PIL import Image
 
 from visionselector_eval.harness import cli
-from visionselector_eval.harness.training import spec_of
+from visionselector_eval.harness.cli.commands import COMMANDS
+from visionselector_eval.harness.training.run import spec_of
 from visionselector_eval.models import load_backbone
 
 QUICK = ["--batch-size", "2", "--total-batch", "4", "--max-steps", "2", "--device", "cpu", "--report-to", "none"]
@@ -93,5 +94,5 @@ def test_it_refuses_in_one_line(plain, data, tmp_path, monkeypatch, capsys, argu
 
 def test_flags_become_the_spec():
     given = ["token-fusion", "--data", "a.jsonl", *LAYERS, "--stage", "2", "--pad-square", "false"]
-    made = spec_of(cli.COMMANDS["train"][0]().parse_all(given))
+    made = spec_of(COMMANDS["train"].parser().parse_all(given))
     assert (made.layers, made.stage, made.pad_square, made.learning_rate) == ([-2, 4, 2], 2, False, 2e-5)

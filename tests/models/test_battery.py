@@ -10,8 +10,8 @@ from battery import CANONICAL, COMPRESSORS, PROMPTS, Row, clip, picture, same_te
 from families import FAMILIES, Subject
 
 from visionselector_eval.baselines import Tokens, build, parse_budget
-from visionselector_eval.baselines.base import Share
-from visionselector_eval.baselines.registry import BUILTIN
+from visionselector_eval.baselines.contract.budget import Share
+from visionselector_eval.baselines.contract.registry import BUILTIN
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False}

@@ -13,8 +13,10 @@ from battery import PROMPTS, clip, picture, same_tensor, user
 from safetensors.torch import load_file, save_file
 
 from visionselector_eval.baselines import InputError, Tokens, build, parse_budget
-from visionselector_eval.baselines.base import DecoderCompressor, Host, ScoreDecoder, Selection, Share
-from visionselector_eval.baselines.registry import resolve_options
+from visionselector_eval.baselines.contract.base import Host, Selection
+from visionselector_eval.baselines.contract.budget import Share
+from visionselector_eval.baselines.contract.decoder import DecoderCompressor, ScoreDecoder
+from visionselector_eval.baselines.contract.registry import resolve_options
 from visionselector_eval.models import load_backbone
 from visionselector_eval.models.answering import Answerer, Request, Setting
 from visionselector_eval.models.dynamic_qwen import DynamicQwen, Predictor, load_predictor
@@ -453,7 +455,7 @@ def test_rows_of_equal_length_that_part_ways(tiny, tiny_eager):
 
 def test_the_view_agrees_with_the_maps_that_eager_attention_writes_out(tiny_eager):
     """Received attention of both layers in reach, for some queries and all, chunked or not."""
-    from visionselector_eval.models import decoder_pruning
+    from visionselector_eval.models import decoder_view
 
     seen = {}
 
@@ -490,7 +492,7 @@ def test_the_view_agrees_with_the_maps_that_eager_attention_writes_out(tiny_eage
             )
     for chunk in (1 << 24, 300):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decoder_pruning, "_CHUNK_WEIGHTS", chunk)
+            patch.setattr(decoder_view, "_CHUNK_WEIGHTS", chunk)
             tiny_eager.prefill(inputs, Looks(at=(2,)), 0.3)
         for layer in (1, 2):
             some, everything, keys = seen[layer]

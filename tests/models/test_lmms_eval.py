@@ -19,7 +19,7 @@ from battery import picture
 from visionselector_eval.baselines import InputError, available, parse_budget
 from visionselector_eval.models.generation import cut, generation_arguments
 from visionselector_eval.models.tiny import checkpoint
-from visionselector_eval.tasks import binding, host
+from visionselector_eval.tasks import binding, lmms
 from visionselector_eval.tasks.tiny import store
 
 IMAGES, VIDEO = "tiny_chartqa", "tiny_mvbench_moving_direction"
@@ -29,7 +29,7 @@ NAME = "visionselector_qwen2_5_vl"
 @pytest.fixture(scope="module")
 def model_class() -> Any:
     """Our class as lmms-eval finds it: through the entry point."""
-    host.lmms_eval()
+    lmms.lmms_eval()
     from lmms_eval.models import get_model
 
     return get_model(NAME)
@@ -38,7 +38,7 @@ def model_class() -> Any:
 def evaluate(model: Any, tasks: list[str], limit: int = 4) -> dict[str, list[dict[str, Any]]]:
     """Samples of each task from lmms-eval's own evaluator, in the order of documents."""
     loaded = [binding.bind(task, limit=limit) for task in tasks]
-    results = host.lmms_eval().simple_evaluate(
+    results = lmms.lmms_eval().simple_evaluate(
         model=model,
         tasks=[task for bound in loaded for task in bound.tasks.values()],
         task_manager=loaded[0].task_manager,
@@ -356,7 +356,7 @@ def test_two_ranks_share_the_documents(tmp_path, model_class, tiny):
 
 @pytest.fixture(scope="module")
 def llava_class() -> Any:
-    host.lmms_eval()
+    lmms.lmms_eval()
     from lmms_eval.models import get_model
 
     return get_model("visionselector_llava")

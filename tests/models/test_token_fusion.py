@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from visionselector_eval.baselines import InputError, build
-from visionselector_eval.baselines.base import Share
+from visionselector_eval.baselines.contract.budget import Share
 from visionselector_eval.models import load_backbone
 from visionselector_eval.models.backbones.token_fusion import (
     LAYERS,

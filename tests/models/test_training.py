@@ -24,16 +24,9 @@ from visionselector_eval.models import load_backbone
 from visionselector_eval.models.dynamic_qwen import Predictor
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
 from visionselector_eval.models.training import export
-from visionselector_eval.models.training.data import (
-    IGNORED,
-    Collator,
-    Conversations,
-    MediaPaths,
-    Tokeniser,
-    Unusable,
-    parse_record,
-)
+from visionselector_eval.models.training.data import IGNORED, Collator, Conversations, Tokeniser, Unusable
 from visionselector_eval.models.training.learners import PredictorLearner, SelectorLearner
+from visionselector_eval.models.training.records import MediaPaths, parse_record
 from visionselector_eval.models.training.spec import PredictorSpec, SelectorSpec, make_train_spec
 from visionselector_eval.models.training.trainer import Plan, TrainingStopped, last_checkpoint, train
 from visionselector_eval.models.visionselector import Scorer
@@ -378,7 +371,7 @@ class _Meta:
     def __init__(self, model: Any) -> None:
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
-        from visionselector_eval.models.decoder_pruning import LayerAccess
+        from visionselector_eval.models.decoder_view import LayerAccess
 
         self.model, self.id, self.device = model, "meta", torch.device("meta")
         self.width = model.config.text_config.hidden_size

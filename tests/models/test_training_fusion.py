@@ -25,13 +25,8 @@ from visionselector_eval.models.backbones.llava import VICUNA_TEMPLATE
 from visionselector_eval.models.backbones.token_fusion import FusionConfig, TokenFusion
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
 from visionselector_eval.models.training import export
-from visionselector_eval.models.training.data import (
-    IGNORED,
-    Collator,
-    MediaPaths,
-    Tokeniser,
-    parse_record,
-)
+from visionselector_eval.models.training.data import IGNORED, Collator, Tokeniser
+from visionselector_eval.models.training.records import MediaPaths, parse_record
 from visionselector_eval.models.training.spec import TokenFusionSpec, load_train_spec, make_train_spec, spec_yaml
 from visionselector_eval.models.training.token_fusion import TokenFusionLearner
 from visionselector_eval.models.training.trainer import Plan, last_checkpoint, media_of, read_data, train

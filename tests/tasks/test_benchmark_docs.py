@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from visionselector_eval.baselines.errors import InputError
-from visionselector_eval.tasks import data, suites
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.tasks import suites
+from visionselector_eval.tasks.local import upstream
 from visionselector_eval.tasks.tiny import MIRRORS, Document, gallery
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -29,7 +30,7 @@ def task_table() -> str:
     for name, entry in suites.load_suites().tasks.items():
         if entry.mirror_of is None:
             largest = "-" if entry.scale is None else f"{entry.scale:g}"
-            columns = " ".join(f"`{c}`" for c in data.members(name)[0].columns) or "-"
+            columns = " ".join(f"`{c}`" for c in upstream.members(name)[0].columns) or "-"
             lines.append(f"| `{name}` | {entry.about} | `{entry.key}` | {largest} | {entry.published} | {columns} |")
     return "\n".join(lines) + "\n"
 

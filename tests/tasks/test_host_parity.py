@@ -220,7 +220,7 @@ if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)  # the order of sums, and so the last bits, is the same for both
-    from visionselector_eval.tasks import host
+    from visionselector_eval.tasks import lmms
 
-    host.lmms_eval()
+    lmms.lmms_eval()
     Path(sys.argv[2]).write_text(json.dumps(run_plan(json.loads(Path(sys.argv[1]).read_text()))))

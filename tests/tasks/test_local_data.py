@@ -14,9 +14,14 @@ import pytest
 from local_data import CLIPS, DOCUMENTS, PICTURE, SERVER, SPLITS, dataset, write_clips, write_mvbench, write_task
 from sweeps import records, sweep
 
-from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.harness import cli
-from visionselector_eval.tasks import binding, data
+from visionselector_eval.tasks import (
+    binding,
+    scoring,
+)
+from visionselector_eval.tasks.local import hashing, layout, upstream
+from visionselector_eval.tasks.local.layout import locate
 from visionselector_eval.tasks.suites import load_suites
 
 SWEPT = [name for name, entry in load_suites().tasks.items() if entry.mirror_of is None]
@@ -91,7 +96,7 @@ def test_known_columns_are_those_that_upstream_reads(root: Path, task: str) -> N
     upstream_task.doc_to_text(doc)
     upstream_task.doc_to_visual(doc)
     upstream_task.process_results(doc, ["A"])
-    known = data.upstream(task).columns
+    known = upstream.upstream(task).columns
     assert known
     assert read - {f"image_{k}" for k in range(2, 8)} <= set(known) | {"ocr_tokens", "C", "D"}
     assert set(known) - {"answer", "options", "A", "B"} <= read
@@ -100,7 +105,7 @@ def test_known_columns_are_those_that_upstream_reads(root: Path, task: str) -> N
 def test_scores_are_upstreams(root: Path) -> None:
     bound = binding.bind("chartqa", data_root=root)
     answers = {name: {i: str(i) for i in range(4)} for name in bound.tasks}
-    assert binding.score(bound, answers).score == 1
+    assert scoring.score(bound, answers).score == 1
     plain = binding.requests(bound)[0]
     assert plain.context.endswith("Answer the question with a single word.")
     assert plain.messages().extract_media()[0][0].size == PICTURE.size
@@ -140,7 +145,7 @@ def test_layouts(layout: str, tmp_path: Path) -> None:
             (folder / "metadata.csv").write_text(text)
         else:
             (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (found,) = data.locate(tmp_path, "chartqa")
+    (found,) = locate(tmp_path, "chartqa")
     assert found.local.n_documents() == 4
     assert found.local.column("question") == ["What is written?"] * 4
     bound = binding.bind("chartqa", data_root=tmp_path)
@@ -191,7 +196,7 @@ def test_pictures_of_other_writers(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_group_has_data_of_each_member(tmp_path: Path) -> None:
-    names = [of.task for of in data.members("mvbench")]
+    names = [of.task for of in upstream.members("mvbench")]
     assert len(names) == 20
     rows = DOCUMENTS["mvbench_moving_direction"][1]
     for name in names:
@@ -223,7 +228,7 @@ def test_a_group_has_data_of_each_member(tmp_path: Path) -> None:
 
 def test_the_hash_is_about_contents(tmp_path: Path) -> None:
     def hash_of(task: str, folder: Path) -> str:
-        return data.content_hash(data.locate(folder, task))
+        return hashing.content_hash(layout.locate(folder, task))
 
     chart(tmp_path / "a")
     first = hash_of("chartqa", tmp_path / "a")
@@ -241,12 +246,12 @@ def test_the_hash_is_about_contents(tmp_path: Path) -> None:
 
 
 def test_big_files_are_hashed_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_BIG", 64)
-    monkeypatch.setattr(data, "_MIB", 64)
+    monkeypatch.setattr(hashing, "_BIG", 64)
+    monkeypatch.setattr(hashing, "_MIB", 64)
     file = chart(tmp_path)
-    first = data.content_hash(data.locate(tmp_path, "chartqa"))
+    first = hashing.content_hash(layout.locate(tmp_path, "chartqa"))
     chart(tmp_path, answer="9")
-    assert data.content_hash(data.locate(tmp_path, "chartqa")) != first
+    assert hashing.content_hash(layout.locate(tmp_path, "chartqa")) != first
     assert file.stat().st_size > 64
 
 
@@ -381,22 +386,22 @@ def test_a_guessed_headline_is_told_noted_and_replaced(
 
 
 def test_layout_names_what_is_wanted() -> None:
-    text = data.layout("videomme", "/d")
+    text = layout.layout("videomme", "/d")
     for part in ("/d/videomme/test.parquet", "lmms-eval/Video-MME", "videoID", "/d/videomme/videos/"):
         assert part in text
-    assert data.layout("mvbench", "/d").count("split train of OpenGVLab/MVBench") == 20
-    assert "lmms-eval looks for them" in data.layout("longvideobench_val_i")
+    assert layout.layout("mvbench", "/d").count("split train of OpenGVLab/MVBench") == 20
+    assert "lmms-eval looks for them" in layout.layout("longvideobench_val_i")
     for task, split in SPLITS.items():
-        assert data.upstream(task).split == split
+        assert upstream.upstream(task).split == split
 
 
 def test_names_that_have_no_folder() -> None:
     with pytest.raises(InputError, match="unknown task 'chartq': did you mean 'chartqa'"):
-        data.members("chartq")
+        upstream.members("chartq")
     with pytest.raises(InputError, match="is a group"):
-        data.override_for(".", "mvbench")
+        layout.override_for(".", "mvbench")
 
 
 def test_an_override_for_the_stock_loader(root: Path) -> None:
-    bound = binding.bind("chartqa", override=data.override_for(root, "chartqa"))
+    bound = binding.bind("chartqa", override=layout.override_for(root, "chartqa"))
     assert bound.n_documents == 4

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from visionselector_eval.baselines.errors import InputError
-from visionselector_eval.tasks import binding, suites
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.tasks import binding, scoring, suites
 from visionselector_eval.tasks.tiny import MIRRORS, Document, generate
 
 NAMES = list(MIRRORS)
@@ -45,8 +45,8 @@ def answers(name: str, right: bool = True, n: int = LIMIT) -> dict[str, dict[int
 @pytest.mark.parametrize("name", NAMES)
 def test_oracle_and_anti_oracle(name: str, bound: dict[str, binding.BoundTask]) -> None:
     entry = suites.entry(name)
-    best = binding.score(bound[name], answers(name))
-    worst = binding.score(bound[name], answers(name, right=False))
+    best = scoring.score(bound[name], answers(name))
+    worst = scoring.score(bound[name], answers(name, right=False))
     assert best.score == entry.scale
     assert worst.score == 0
     assert best.metric == entry.key
@@ -67,16 +67,16 @@ def test_oracle_and_anti_oracle(name: str, bound: dict[str, binding.BoundTask]) 
 def test_the_whole_mirror_reaches_its_maximum(name: str, cache: Path) -> None:
     whole = binding.bind(name, cache_dir=cache)
     assert (whole.n_documents, whole.limit) == (64, None)
-    assert binding.score(whole, answers(name, n=64)).score == suites.entry(name).scale
+    assert scoring.score(whole, answers(name, n=64)).score == suites.entry(name).scale
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_half_right_is_in_between_and_repeatable(name: str, bound: dict[str, binding.BoundTask]) -> None:
     right, wrong = answers(name)[name], answers(name, right=False)[name]
     mixed = {name: {i: (right if i < LIMIT // 2 else wrong)[i] for i in range(LIMIT)}}
-    first = binding.score(bound[name], mixed)
-    binding.score(bound[name], answers(name))
-    second = binding.score(bound[name], mixed)
+    first = scoring.score(bound[name], mixed)
+    scoring.score(bound[name], answers(name))
+    second = scoring.score(bound[name], mixed)
     assert first == second
     scale = suites.entry(name).scale
     assert scale is not None
@@ -87,16 +87,16 @@ def test_half_right_is_in_between_and_repeatable(name: str, bound: dict[str, bin
 
 def test_right_answers_are_reported(bound: dict[str, binding.BoundTask]) -> None:
     for name in set(NAMES) - {"tiny_mvbench_moving_direction", "tiny_nextqa_mc_test"}:
-        assert all(d.answer == d.target for d in binding.score(bound[name], answers(name)).documents)
-    clips = binding.score(bound["tiny_mvbench_moving_direction"], answers("tiny_mvbench_moving_direction")).documents
+        assert all(d.answer == d.target for d in scoring.score(bound[name], answers(name)).documents)
+    clips = scoring.score(bound["tiny_mvbench_moving_direction"], answers("tiny_mvbench_moving_direction")).documents
     assert {d.target for d in clips} <= {"Up", "Down", "To the left", "To the right"}
-    fifth = binding.score(bound["tiny_nextqa_mc_test"], answers("tiny_nextqa_mc_test")).documents
+    fifth = scoring.score(bound["tiny_nextqa_mc_test"], answers("tiny_nextqa_mc_test")).documents
     assert all(d.target == str("ABCDE".index(d.answer)) for d in fifth)
 
 
 @pytest.mark.parametrize("name", ["tiny_mme", "tiny_mmbench_en_dev_static", "tiny_mmbench_cn_dev"])
 def test_documents_of_one_picture_are_a_cluster(name: str, bound: dict[str, binding.BoundTask]) -> None:
-    clusters = [d.cluster for d in binding.score(bound[name], answers(name)).documents]
+    clusters = [d.cluster for d in scoring.score(bound[name], answers(name)).documents]
     assert clusters[::2] == clusters[1::2]
     assert len(set(clusters)) == LIMIT // 2
 
@@ -111,12 +111,12 @@ def test_mmbench_counts_a_question_that_is_right_in_all_forms(
     given = answers(name)
     given[name][1] = documents(name, LIMIT)[1].wrong
     given[name][2] = "no letter at all"  # upstream would ask a judge
-    result = binding.score(bound[name], given)
+    result = scoring.score(bound[name], given)
     assert result.score == pytest.approx(100 * (LIMIT // 2 - 2) / (LIMIT // 2))
     assert [d.score for d in result.documents][:6] == [0, None, 0, None, 100, None]
     assert result.mean_of_documents
     odd = binding.bind(name, cache_dir=bound_cache(bound[name]), limit=3)
-    assert binding.score(odd, {name: {i: a for i, a in answers(name)[name].items() if i < 3}}).score == 100
+    assert scoring.score(odd, {name: {i: a for i, a in answers(name)[name].items() if i < 3}}).score == 100
 
 
 def bound_cache(task: binding.BoundTask) -> Path:
@@ -129,7 +129,7 @@ def test_empty_answers_fall_out_of_mvbench(bound: dict[str, binding.BoundTask]) 
     name = "tiny_mvbench_moving_direction"
     given = answers(name)
     given[name][0] = ""
-    result = binding.score(bound[name], given)
+    result = scoring.score(bound[name], given)
     assert result.score == 100
     assert not result.mean_of_documents
 
@@ -203,9 +203,9 @@ def test_submissions_go_to_the_output_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     name = "tiny_textvqa_val"
-    kept = binding.score(bound[name], answers(name), tmp_path / "out")
+    kept = scoring.score(bound[name], answers(name), tmp_path / "out")
     assert [p.parent for p in kept.submissions] == [tmp_path / "out" / "submissions"]
-    assert binding.score(bound[name], answers(name)).submissions == []
+    assert scoring.score(bound[name], answers(name)).submissions == []
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -214,16 +214,16 @@ def test_scoring_leaves_the_random_state_alone(bound: dict[str, binding.BoundTas
     np.random.seed(5)
     torch.manual_seed(5)
     before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # type: ignore[index,union-attr]
-    binding.score(bound["tiny_pope"], answers("tiny_pope"))
+    scoring.score(bound["tiny_pope"], answers("tiny_pope"))
     after = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # type: ignore[index,union-attr]
     assert before == after
 
 
 def test_a_replay_is_quick(bound: dict[str, binding.BoundTask]) -> None:
-    binding.score(bound["tiny_chartqa"], answers("tiny_chartqa"))
+    scoring.score(bound["tiny_chartqa"], answers("tiny_chartqa"))
     start = time.perf_counter()
     for _ in range(5):
-        binding.score(bound["tiny_chartqa"], answers("tiny_chartqa"))
+        scoring.score(bound["tiny_chartqa"], answers("tiny_chartqa"))
     assert (time.perf_counter() - start) / 5 < 0.3
 
 
@@ -239,7 +239,7 @@ def test_missing_answers_are_named(bound: dict[str, binding.BoundTask]) -> None:
     given = answers("tiny_pope")
     del given["tiny_pope"][3]
     with pytest.raises(InputError, match="1 of 16 answers are missing, the first is document 3"):
-        binding.score(bound["tiny_pope"], given)
+        scoring.score(bound["tiny_pope"], given)
 
 
 def test_a_missing_video_is_one_documents_fault(cache: Path) -> None:
@@ -279,12 +279,12 @@ def test_bad_input_is_one_line(name: str, options: dict, message: str, cache: Pa
 def test_standard_output_stays_clean(cache: Path) -> None:
     code = f"""
 import warnings
-from visionselector_eval.tasks import binding
+from visionselector_eval.tasks import binding, scoring
 from visionselector_eval.tasks.tiny import generate
 before = list(warnings.filters)
 b = binding.bind("tiny_textvqa_val", cache_dir={str(cache)!r}, limit=2)
 binding.requests(b)[0].messages()
-binding.score(b, {{b.name: dict(enumerate(["x", "y"]))}})
+scoring.score(b, {{b.name: dict(enumerate(["x", "y"]))}})
 from loguru import logger
 logger.warning("heard")
 logger.info("not heard")

@@ -8,8 +8,9 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from visionselector_eval.baselines.errors import InputError
-from visionselector_eval.tasks import data, headline, host, suites
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.tasks import headline, lmms, suites
+from visionselector_eval.tasks.local import upstream
 from visionselector_eval.tasks.suites import TaskEntry
 from visionselector_eval.tasks.tiny import MIRRORS, generate
 
@@ -21,7 +22,7 @@ def definition(name: str) -> dict:
     """The upstream task file, read without importing its code."""
     from lmms_eval.utils import load_yaml_config
 
-    return load_yaml_config(host.task_manager("qwen2_5_vl").task_index[name]["yaml_path"], mode="simple")
+    return load_yaml_config(lmms.task_manager("qwen2_5_vl").task_index[name]["yaml_path"], mode="simple")
 
 
 def members(name: str) -> list[str]:
@@ -78,7 +79,7 @@ def test_suites_hold_no_mirror_beside_the_real_ones() -> None:
 @pytest.mark.parametrize("name", REAL)
 def test_entries_exist_upstream(name: str) -> None:
     entry = TASKS[name]
-    assert host.lmms_eval().version.startswith("0.7.")
+    assert lmms.lmms_eval().version.startswith("0.7.")
     for member in members(name):
         config = definition(member)
         metrics = {m["metric"]: m for m in config["metric_list"]}
@@ -88,7 +89,7 @@ def test_entries_exist_upstream(name: str) -> None:
         assert entry.filter in filters
         assert config["output_type"] == "generate_until"
         assert config.get("test_split") or config.get("validation_split")
-        columns = data.upstream(member).columns
+        columns = upstream.upstream(member).columns
         if columns:  # a test of the local data compares them with what upstream's functions read
             assert {entry.target} <= {None, *columns}
         assert entry.needs_submission == (entry.metric == "submission")
@@ -103,14 +104,14 @@ def test_mirrors_follow_their_original(name: str) -> None:
     inherited = TaskEntry.model_fields.keys() - {"about", "scale", "mirror_of", "published"}
     assert {k: getattr(entry, k) for k in inherited} == {k: getattr(original, k) for k in inherited}
     assert mirror.pair % entry.pair == 0
-    index = host.task_manager("qwen2_5_vl").task_index
-    assert str(host.lmms_eval().tasks_folder / mirror.config) == index[mirror.upstream]["yaml_path"]
+    index = lmms.task_manager("qwen2_5_vl").task_index
+    assert str(lmms.lmms_eval().tasks_folder / mirror.config) == index[mirror.upstream]["yaml_path"]
     config = definition(mirror.upstream)
     assert mirror.split == config.get("test_split", config.get("validation_split"))
     assert set(mirror.changes) <= set(config)
     (document, *_) = generate(name, 0, mirror.pair)
     columns = {*document.row, "image", "image_1"}
-    assert set(data.upstream(mirror.upstream).columns) <= columns
+    assert set(upstream.upstream(mirror.upstream).columns) <= columns
     assert {entry.cluster_key, entry.target} <= {None, *columns}
 
 
@@ -168,7 +169,7 @@ def test_upstreams_tasks_get_their_aggregate() -> None:
     assert found
     assert not {"mmstar", "mmstar_ko", "mmstar_oc"} & set(found)
     for task, metric in (("mmstar", "average"), ("mmstar_ko", "average"), ("chartqa", "relaxed_overall")):
-        names = [item["metric"] for item in data.upstream(task).config["metric_list"]]
+        names = [item["metric"] for item in upstream.upstream(task).config["metric_list"]]
         assert headline.headline(names).metric == metric
         assert headline.chosen(task, names[0], names) == names[0]
     with pytest.raises(InputError, match="unknown metric of mmstar 'averag': did you mean 'average'"):

@@ -14,8 +14,9 @@ import datasets
 import pytest
 from PIL import Image, ImageFile
 
-from visionselector_eval.baselines.errors import InputError
-from visionselector_eval.tasks import binding, data, host, suites
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.tasks import binding, lmms, scoring, suites
+from visionselector_eval.tasks.local import upstream
 from visionselector_eval.tasks.tiny import MIRRORS, generate, store
 
 PICTURE = Image.new("RGB", (56, 56), "white")
@@ -58,8 +59,8 @@ def test_real_names_on_documents_of_the_real_layout(name: str, tmp_path: Path) -
     bound = binding.bind(mirror.upstream, override={**location, **joined})
     documents = generate(name, 2, 8)
     scale = suites.entry(name).scale
-    assert binding.score(bound, reply(bound, *(d.answer for d in documents))).score == scale
-    assert binding.score(bound, reply(bound, *(d.wrong for d in documents))).score == 0
+    assert scoring.score(bound, reply(bound, *(d.answer for d in documents))).score == scale
+    assert scoring.score(bound, reply(bound, *(d.wrong for d in documents))).score == 0
     asked = binding.requests(bound)
     assert len(asked) == 8
     if mirror.media == "clip":  # upstream looks for videos in its own folder
@@ -83,16 +84,16 @@ def test_server_scored_tasks_write_a_submission(task: str, tmp_path: Path) -> No
     if "mmbench" not in task:
         row = {k: row[k] for k in ("question_id", "question", "image")} | {"answers": None}
     bound = binding.bind(task, override=elsewhere(tmp_path, "test", [row] * 2))
-    result = binding.score(bound, reply(bound, "A", "B"), tmp_path / "out")
+    result = scoring.score(bound, reply(bound, "A", "B"), tmp_path / "out")
     assert (result.score, result.needs_submission, result.mean_of_documents) == (None, True, False)
     assert [(d.answer, d.score, d.target) for d in result.documents] == [("A", None, ""), ("B", None, "")]
     (file,) = result.submissions
     assert file.parent == tmp_path / "out" / "submissions"
     if file.suffix == ".json":
         assert [r["answer"].upper() for r in json.loads(file.read_text())] in (["A", "B"], ["", "B"])
-    again = binding.score(bound, reply(bound, "A", "B"), tmp_path / "out")
+    again = scoring.score(bound, reply(bound, "A", "B"), tmp_path / "out")
     assert len(again.submissions) == 1
-    assert binding.score(bound, reply(bound, "A", "B")).submissions == []
+    assert scoring.score(bound, reply(bound, "A", "B")).submissions == []
     assert not list(Path.cwd().glob("submissions"))
 
 
@@ -103,18 +104,18 @@ def test_ocrbench_is_a_mean_and_starts_afresh(tmp_path: Path) -> None:
     ]
     bound = binding.bind("ocrbench", override=elsewhere(tmp_path, "test", rows))
     for _ in range(2):
-        assert binding.score(bound, reply(bound, *(f"word{i}" for i in range(4)))).score == pytest.approx(1)
-    half = binding.score(bound, reply(bound, "word0", "word1", "-", "-"), tmp_path / "out")
+        assert scoring.score(bound, reply(bound, *(f"word{i}" for i in range(4)))).score == pytest.approx(1)
+    half = scoring.score(bound, reply(bound, "word0", "word1", "-", "-"), tmp_path / "out")
     assert half.score == pytest.approx(0.5)
     assert half.mean_of_documents
     assert [p.name for p in half.submissions] == ["ocrbench_results.txt"]
-    assert binding.score(bound, reply(bound, "-", "-", "-", "-")).score == 0
+    assert scoring.score(bound, reply(bound, "-", "-", "-", "-")).score == 0
 
 
 def test_ai2d_reads_its_own_filter(tmp_path: Path) -> None:
     rows = [{"question": "which?", "options": list("wxyz"), "answer": str(i), "image": PICTURE} for i in range(4)]
     bound = binding.bind("ai2d_no_mask", override=elsewhere(tmp_path, "test", rows))
-    result = binding.score(bound, reply(bound, "A. w", "B", "C", "A"))
+    result = scoring.score(bound, reply(bound, "A. w", "B", "C", "A"))
     assert (result.metric, result.score) == ("exact_match,flexible-extract", 0.75)
     assert [d.score for d in result.documents] == [1, 1, 1, 0]
 
@@ -132,9 +133,9 @@ def test_mmmu_fallbacks_repeat(tmp_path: Path) -> None:
         for i in range(12)
     ]
     bound = binding.bind("mmmu_val", override=elsewhere(tmp_path, "validation", rows))
-    right = binding.score(bound, reply(bound, *(r["answer"] for r in rows)))
+    right = scoring.score(bound, reply(bound, *(r["answer"] for r in rows)))
     assert (right.score, right.mean_of_documents) == (1, True)
-    guesses = [binding.score(bound, reply(bound, *["no idea"] * 12)) for _ in range(3)]
+    guesses = [scoring.score(bound, reply(bound, *["no idea"] * 12)) for _ in range(3)]
     assert guesses[0] == guesses[1] == guesses[2]
     assert guesses[0].mean_of_documents
     assert binding.requests(bound)[0].messages().extract_media()[0]
@@ -146,7 +147,7 @@ def test_mvbench_is_the_mean_of_its_subtasks(tmp_path: Path) -> None:
     assert len(bound.tasks) == 20
     assert bound.n_documents == 40
     given = {name: {0: "A", 1: "A" if i % 2 else "B"} for i, name in enumerate(bound.tasks)}
-    result = binding.score(bound, given)
+    result = scoring.score(bound, given)
     assert result.score == 75
     assert result.mean_of_documents
     assert result.metrics["mvbench_action_sequence/mvbench_accuracy,none"] in (50, 100)
@@ -170,7 +171,7 @@ def test_seedbench_scores_come_from_predictions(tmp_path: Path) -> None:
         for i in range(4)
     ]
     bound = binding.bind("seedbench", override=elsewhere(tmp_path, "test", rows))
-    result = binding.score(bound, reply(bound, "B", "A", "B", "A"))
+    result = scoring.score(bound, reply(bound, "B", "A", "B", "A"))
     assert result.score == pytest.approx(2 / 3)
     assert result.metrics["seed_all,none"] == 0.5
     assert [d.score for d in result.documents] == [1, 0, 1, None]
@@ -183,7 +184,7 @@ def test_nextqa_multiple_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(nltk, "download", lambda *_, **__: pytest.fail("word lists were fetched"))
     rows = [{"video": "1", "question": "why", **{f"a{k}": f"x{k}" for k in range(5)}, "answer": i} for i in range(4)]
     bound = binding.bind("nextqa_mc_test", override=elsewhere(tmp_path, "test", rows))
-    result = binding.score(bound, reply(bound, "A", "B.", "(C)", "A"))
+    result = scoring.score(bound, reply(bound, "A", "B.", "(C)", "A"))
     assert (result.score, result.mean_of_documents) == (0.75, True)
     with pytest.raises(binding.DocumentError, match="its media cannot be read"):
         binding.requests(bound)[0].messages()
@@ -203,7 +204,7 @@ def test_videomme_does_not_end_the_process(tmp_path: Path) -> None:
         for i in range(4)
     ]
     bound = binding.bind("videomme", override=elsewhere(tmp_path, "test", rows))
-    result = binding.score(bound, reply(bound, "A", "A", "A", "B"))
+    result = scoring.score(bound, reply(bound, "A", "A", "A", "B"))
     assert (result.score, result.mean_of_documents) == (75, True)
     assert {d.cluster for d in result.documents} == {"abc"}
     with pytest.raises(binding.DocumentError, match=r"abc\.mp4 does not exist"):
@@ -218,12 +219,12 @@ def test_mme_perception_only_and_undefined(tmp_path: Path) -> None:
         ]
 
     bound = binding.bind("mme", override=elsewhere(tmp_path, "test", rows("code_reasoning") + rows("count")))
-    result = binding.score(bound, reply(bound, "Yes", "No", "Yes", "No"))
+    result = scoring.score(bound, reply(bound, "Yes", "No", "Yes", "No"))
     assert (result.score, result.metrics["mme_cognition_score,none"]) == (200, 200)
     assert [d.score for d in result.documents] == [None, None, 1, 1]
     only = binding.bind("mme", limit=2, override=elsewhere(tmp_path, "test", rows("code_reasoning") * 2))
     with pytest.raises(InputError, match="mme_perception_score,none has no value for these 2 documents"):
-        binding.score(only, reply(only, "Yes", "No"))
+        scoring.score(only, reply(only, "Yes", "No"))
 
 
 def test_mme_pairs_must_be_whole(tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_mme_pairs_must_be_whole(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the first 2 there is 1 of 'count/0': take another limit"):
         binding.bind("mme", limit=2, override=elsewhere(tmp_path, "test", rows))
     whole = binding.bind("mme", override=elsewhere(tmp_path, "test", rows))
-    assert binding.score(whole, reply(whole, "Yes", "Yes", "No", "No")).score == 200
+    assert scoring.score(whole, reply(whole, "Yes", "Yes", "No", "No")).score == 200
     with pytest.raises(InputError, match=r"its 3 there is 1 of 'count/1': its data are not complete"):
         binding.bind("mme", override=elsewhere(tmp_path, "test", rows[:3]))
 
@@ -257,12 +258,12 @@ def test_longvideobench_fallbacks_repeat(tmp_path: Path, monkeypatch: pytest.Mon
         for i in range(12)
     ]
     bound = binding.bind("longvideobench_val_v", override=elsewhere(tmp_path, "validation", rows))
-    right = binding.score(bound, reply(bound, *("ABC"[i % 3] for i in range(12))))
+    right = scoring.score(bound, reply(bound, *("ABC"[i % 3] for i in range(12))))
     assert right.score == 1
     scores = []
     for seed in range(3):
         random.seed(seed)  # the caller's random state must not matter
-        scores.append(binding.score(bound, reply(bound, *["no idea"] * 12)))
+        scores.append(scoring.score(bound, reply(bound, *["no idea"] * 12)))
     assert scores[0] == scores[1] == scores[2]
     with pytest.raises(binding.DocumentError, match="document 0 of longvideobench_val_v"):
         binding.requests(bound)[0].messages()
@@ -294,11 +295,11 @@ def test_a_broken_picture_is_one_documents_fault(kind: str, damage: str, tmp_pat
     with pytest.raises(binding.DocumentError, match="document 1 of chartqa: its media cannot be read") as raised:
         broken.messages()
     assert "\n" not in str(raised.value)
-    assert binding.score(bound, reply(bound, "x", "x")).score == 1  # scoring reads no pictures
+    assert scoring.score(bound, reply(bound, "x", "x")).score == 1  # scoring reads no pictures
 
 
 def test_pictures_cut_off_stay_an_error_after_all_imports() -> None:
-    host.lmms_eval()
+    lmms.lmms_eval()
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
@@ -307,7 +308,7 @@ def test_a_missing_column_is_named(task: str, tmp_path: Path) -> None:
     name = next(m.name for m in MIRRORS.values() if m.upstream == task)
     stored = store.ensure(name, n=4, cache_dir=tmp_path)
     whole = datasets.Dataset.from_parquet(str(stored.parquet), cache_dir=str(tmp_path / "hf"))
-    for column in data.upstream(task).columns:
+    for column in upstream.upstream(task).columns:
         whole.remove_columns(column).to_parquet(tmp_path / "data.parquet")
         location = elsewhere(tmp_path / "unused", MIRRORS[name].split, [])
         location["dataset_kwargs"]["data_files"] = {MIRRORS[name].split: str(tmp_path / "data.parquet")}
@@ -341,14 +342,14 @@ def test_values_that_upstream_does_not_know(tmp_path: Path) -> None:
     }
     bound = binding.bind("videomme", override=elsewhere(tmp_path, "test", [row]))
     with pytest.raises(InputError, match="videomme: upstream's code does not know 'short_Cooking_Geography_OCR"):
-        binding.score(bound, reply(bound, "A"))
+        scoring.score(bound, reply(bound, "A"))
 
 
 def test_a_task_without_an_entry_works(tmp_path: Path) -> None:
     rows = [{"question": "which?", "options": list("wxyz"), "answer": str(i), "image": PICTURE} for i in range(4)]
     bound = binding.bind("ai2d", override=elsewhere(tmp_path, "test", rows))
     assert bound.entry.metric == "exact_match"
-    result = binding.score(bound, reply(bound, "A", "B", "C", "A"))
+    result = scoring.score(bound, reply(bound, "A", "B", "C", "A"))
     assert (result.score, result.mean_of_documents) == (0.75, True)
 
 
@@ -359,11 +360,11 @@ def test_the_headline_of_mmstar_is_its_average_and_another_can_be_chosen(tmp_pat
         for i, c in enumerate(categories * 2)
     ]
     bound = binding.bind("mmstar", override=elsewhere(tmp_path, "val", rows))
-    result = binding.score(bound, reply(bound, "A", "B", "A", "A"))
+    result = scoring.score(bound, reply(bound, "A", "B", "A", "A"))
     assert (result.metric, result.score, bound.entry.guess) == ("average,none", 0.75, "")
     assert [d.score for d in result.documents] == [1, 0, 1, 1]
     bound = binding.bind("mmstar", override=elsewhere(tmp_path, "val", rows), metric="math")
-    assert binding.score(bound, reply(bound, "A", "B", "A", "A")).score == 0.5
+    assert scoring.score(bound, reply(bound, "A", "B", "A", "A")).score == 0.5
     with pytest.raises(InputError, match="unknown metric of mmstar 'maths': did you mean 'math'"):
         binding.bind("mmstar", override=elsewhere(tmp_path, "val", rows), metric="maths")
 
@@ -379,7 +380,7 @@ def test_a_group_is_combined_as_its_file_states(tmp_path: Path) -> None:
         task: dict(enumerate(right.get(task, ['{"answer": "画龙点睛"}' if task == "c4_bench_e0" else "画龙点睛"])))
         for task in bound.tasks
     }
-    result = binding.score(bound, answers)
+    result = scoring.score(bound, answers)
     assert result.score == pytest.approx(4 / 6)
     assert result.mean_of_documents
 
@@ -391,8 +392,8 @@ def test_changed_data_are_read_again(tmp_path: Path) -> None:
     old = binding.bind("chartqa", override=elsewhere(tmp_path, "test", rows("one")))
     new = binding.bind("chartqa", override=elsewhere(tmp_path, "test", rows("two")))
     assert old.data_hash != new.data_hash
-    assert binding.score(new, reply(new, "two")).score == 1
-    assert binding.score(old, reply(old, "one")).score == 1
+    assert scoring.score(new, reply(new, "two")).score == 1
+    assert scoring.score(old, reply(old, "one")).score == 1
 
 
 def test_data_that_cannot_be_used(tmp_path: Path) -> None:

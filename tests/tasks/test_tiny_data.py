@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.tasks.tiny import CELL, MIRRORS, Document, Mirror, generate, store
 
 NAMES = list(MIRRORS)

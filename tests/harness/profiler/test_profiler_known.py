@@ -10,7 +10,8 @@ import torch
 from battery import PROMPTS
 
 from visionselector_eval.baselines import build
-from visionselector_eval.baselines.base import ScoreDecoder, Share
+from visionselector_eval.baselines.contract.budget import Share
+from visionselector_eval.baselines.contract.decoder import ScoreDecoder
 from visionselector_eval.harness.microbenchmarks import profiler as known
 from visionselector_eval.harness.profiler.measure import Bound, Profiler
 from visionselector_eval.harness.profiler.memory import ResidentMemory, SampledMemory, weight_bytes

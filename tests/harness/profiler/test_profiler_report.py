@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.harness.profiler import report
 from visionselector_eval.harness.profiler.plots import draw
 from visionselector_eval.harness.profiler.spec import FULL, LIMIT, ProfileCell, cell_of

@@ -18,12 +18,13 @@ import yaml
 from visionselector_eval.harness import cli
 from visionselector_eval.harness.microbenchmarks import measured
 from visionselector_eval.harness.profiler import measure
-from visionselector_eval.harness.profiler.measure import Progress, out_of_memory
+from visionselector_eval.harness.profiler.measure import out_of_memory
 from visionselector_eval.harness.profiler.nvml import Nvml, NvmlSampler
+from visionselector_eval.harness.profiler.rounds import Progress
 from visionselector_eval.harness.profiler.run import run_profile
 from visionselector_eval.harness.profiler.spec import make_profile_spec, profile_cells
 from visionselector_eval.harness.profiler.store import load_profile
-from visionselector_eval.harness.store import load_run
+from visionselector_eval.harness.store.run import load_run
 
 SMALL: dict[str, Any] = {
     "methods": ["divprune", "fastv"],

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from visionselector_eval.baselines import available, build
-from visionselector_eval.baselines.base import Share
-from visionselector_eval.baselines.errors import InputError
+from visionselector_eval.baselines.contract.budget import Share
+from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.harness.profiler.flops import (
     matmul_ceiling,
     theoretical_clip,

@@ -1,0 +1,1 @@
+"""`doctor`: what this machine, this installation and these data lack."""

@@ -1,0 +1,319 @@
+"""The rounds of a profile: cells take turns, so that a drift of the machine meets them all alike."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.harness.environment import cpu_model, environment
+from visionselector_eval.harness.profiler.flops import (
+    matmul_ceiling,
+)
+from visionselector_eval.harness.profiler.memory import weight_bytes
+from visionselector_eval.harness.profiler.nvml import INTERVAL, Nvml
+from visionselector_eval.harness.profiler.spec import ProfileCell
+from visionselector_eval.harness.profiler.store import ProfileFolder
+from visionselector_eval.harness.profiler.workloads import Workload, check_length
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from visionselector_eval.models.backbones.base import Backbone
+from visionselector_eval.harness.profiler.measure import Bound, Profiler, bind_cells, out_of_memory
+
+log = logging.getLogger(__name__)
+
+
+_FLOP_ROUNDS = 8  # of a task's documents, whose sizes differ; FLOPs of one prompt are always the same
+
+
+_PUBLISHED_EVERY = 5  # rounds in which prefill is also taken as the published harness defines it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How often everything is run; see `ProfileSpec`."""
+
+    repeats: int = 50
+    warmup: int = 10
+    memory_rounds: int = 3
+    energy_seconds: float = 2.0
+    new_tokens: int = 8
+    seed: int = 0
+
+
+class Progress:
+    """What a profile tells while it runs; this one keeps silent."""
+
+    def start(self, samples: int) -> None:
+        """So many samples are left."""
+
+    def workload(self, name: str) -> None:
+        """A workload begins."""
+
+    def measured(self, count: int) -> None:
+        """So many samples more (or given up)."""
+
+    def failed(self, workload: str, cell: ProfileCell, reason: str) -> None:
+        """A cell can't be measured on a workload."""
+
+
+def about(backbone: Backbone, plan: Plan, dtype: torch.dtype, attention: str, **more: Any) -> dict[str, Any]:
+    """What every row of a profile shares: `settings` must agree when it is resumed, the rest is for the reader."""
+    device = backbone.device
+    gpu = Nvml.find(device)
+    on_gpu = device.type == "cuda"
+    return {
+        "settings": {
+            "backbone": backbone.id,
+            "revision": backbone.revision,
+            "device": torch.cuda.get_device_name(device) if on_gpu else cpu_model(),
+            "dtype": str(dtype).removeprefix("torch."),
+            "attention": attention,
+            "threads": torch.get_num_threads(),
+            "new_tokens": plan.new_tokens,
+            "seed": plan.seed,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "version": version("visionselector-eval"),
+            **more,
+        },
+        "warmup": plan.warmup,
+        "repeats": plan.repeats,
+        "parameters": sum(p.numel() for p in backbone.model.parameters()),
+        "weight_bytes": weight_bytes(backbone.model),
+        "ceiling_flops": matmul_ceiling(device, dtype),
+        "clock": "CUDA events, device settled at phase borders" if on_gpu else "perf_counter",
+        "energy": f"NVML every {1000 * INTERVAL:g} ms" if isinstance(gpu, Nvml) else f"none: {gpu}",
+    }
+
+
+def profile(
+    folder: ProfileFolder,
+    backbone: Backbone,
+    workloads: Sequence[Workload],
+    cells: Sequence[ProfileCell],
+    plan: Plan,
+    *,
+    attention: str,
+    progress: Progress | None = None,
+    profiler: Profiler | None = None,
+) -> dict[tuple[str, str], str]:
+    """Measure what `folder` does not hold yet.
+
+    Returns
+    -------
+    {(workload, cell digest): reason} of what could not be measured.
+
+    Raises
+    ------
+    InputError: a workload with more tokens than the model has positions; nothing is measured then.
+    """
+    progress = progress or Progress()
+    measuring = profiler or Profiler(backbone, plan.new_tokens)
+    text = backbone.model.config.get_text_config()
+    for workload in workloads:
+        for item in workload.items:
+            check_length(text, item.make(), plan.new_tokens, item.key)
+    bound, unfit = bind_cells(backbone, cells)
+    gpu = Nvml.find(backbone.device)
+    energy = isinstance(gpu, Nvml) and plan.energy_seconds > 0
+    schedules = [
+        _Schedule(workload, bound, plan, energy, _measured(folder.rows(), workload.name)) for workload in workloads
+    ]
+    progress.start(sum(s.left for s in schedules))
+    failed: dict[tuple[str, str], str] = {}
+    numbers = {cell.digest: number for number, cell in enumerate(cells)}
+    for schedule in schedules:
+        session = _Session(folder, measuring, schedule, plan, numbers, attention, gpu, progress, failed)
+        for cell, reason in unfit.values():
+            session.give_up(cell, reason)
+        progress.workload(schedule.workload.name)
+        session.run()
+    return failed
+
+
+def _measured(rows: pd.DataFrame, workload: str) -> set[tuple[str, str, int]]:
+    own = rows[(rows["workload"] == workload) & (rows["kind"] != "failed")]
+    return set(zip(own["cell"], own["kind"], own["round"].astype(int), strict=True))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One sample: a cell, what is measured, and in which round."""
+
+    bound: Bound
+    kind: str
+    round: int
+
+
+class _Schedule:
+    """All rounds of a workload, without what is measured already. The same seed gives the same order."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        bound: Sequence[Bound],
+        plan: Plan,
+        energy: bool,
+        done: set[tuple[str, str, int]],
+    ) -> None:
+        self.workload, self.bound = workload, bound
+        once = min(len(workload.items), _FLOP_ROUNDS)
+        rounds: list[list[_Step]] = []
+        for number in range(plan.repeats):
+            steps = [_Step(b, "time", number) for b in bound]
+            # One cell a round, in turn, runs without marks, too: what the marks themselves cost.
+            steps += [_Step(bound[number % len(bound)], "plain", number)] if bound else []
+            if number % _PUBLISHED_EVERY == 0:
+                steps += [_Step(b, "published", number) for b in bound]
+            rounds.append(steps)
+        for kind, count in (("memory", plan.memory_rounds), ("flops", once), ("energy", int(energy))):
+            rounds += [[_Step(b, kind, number) for b in bound] for number in range(count)]
+        self.rounds = []
+        for steps in rounds:
+            if not steps:
+                continue
+            order = random.Random(f"{plan.seed}/{workload.name}/{steps[0].kind}/{steps[0].round}")
+            order.shuffle(steps)
+            if left := [s for s in steps if (s.bound.cell.digest, s.kind, s.round) not in done]:
+                self.rounds.append(left)
+
+    @property
+    def left(self) -> int:
+        return sum(map(len, self.rounds))
+
+    @property
+    def timed(self) -> list[Bound]:
+        """Cells that still have something to be timed, which need warm-up."""
+        wanted = {s.bound.cell.digest for steps in self.rounds for s in steps if s.kind in ("time", "plain")}
+        return [b for b in self.bound if b.cell.digest in wanted]
+
+
+@dataclass
+class _Session:
+    """One workload's rounds. `numbers`: the place of each cell in the table."""
+
+    folder: ProfileFolder
+    profiler: Profiler
+    schedule: _Schedule
+    plan: Plan
+    numbers: Mapping[str, int]
+    attention: str
+    gpu: Any
+    progress: Progress
+    failed: dict[tuple[str, str], str]
+
+    @property
+    def workload(self) -> Workload:
+        return self.schedule.workload
+
+    def run(self) -> None:
+        for number in range(self.plan.warmup if self.schedule.timed else 0):
+            steps = [_Step(b, "warmup", number) for b in self.schedule.timed]
+            random.Random(f"{self.plan.seed}/{self.workload.name}/warmup/{number}").shuffle(steps)
+            self._round(steps)
+        for steps in self.schedule.rounds:
+            self._round(steps)
+
+    def give_up(self, cell: ProfileCell, reason: str) -> None:
+        """Record that a cell can't be measured on this workload; the others go on."""
+        self.failed[self.workload.name, cell.digest] = reason
+        self.progress.failed(self.workload.name, cell, reason)
+        self._write(cell, _Step(Bound(cell, None, None), "failed", 0), "", 0, {"error": reason})  # type: ignore[arg-type]
+
+    def _alive(self, bound: Bound) -> bool:
+        return (self.workload.name, bound.cell.digest) not in self.failed
+
+    def _round(self, steps: Sequence[_Step]) -> None:
+        alive = [s for s in steps if self._alive(s.bound)]
+        counted = [s for s in steps if s.kind != "warmup"]
+        if not alive:
+            self.progress.measured(len(counted))
+            return
+        item = self.workload.items[steps[0].round % len(self.workload.items)]
+        inputs, preprocess = self.profiler.preprocess(item.make)
+        with _without_gc():
+            for place, step in enumerate(steps):
+                if self._alive(step.bound):
+                    self._step(step, item.key, inputs, preprocess, place)
+                if step.kind != "warmup":
+                    self.progress.measured(1)
+
+    def _step(self, step: _Step, key: str, inputs: Mapping[str, Any], preprocess: float, place: int) -> None:
+        run, reason = self.profiler, ""
+        try:
+            if step.kind in ("time", "warmup"):
+                values = {"preprocess_ms": 1000 * preprocess, **run.timed(step.bound, inputs, key)}
+            elif step.kind == "energy":
+                values = run.energy(step.bound, inputs, key, self.gpu, self.plan.energy_seconds)
+            else:
+                values = getattr(run, step.kind)(step.bound, inputs, key)
+        except Exception as error:
+            reason = self._reason(error)
+        if reason:  # after the handler: the error's frames held the tensors that filled the memory
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.give_up(step.bound.cell, reason)
+        elif step.kind != "warmup":
+            self._write(step.bound.cell, step, key, place, values)
+
+    def _reason(self, error: Exception) -> str:
+        if out_of_memory(error):
+            n = self.workload.tokens
+            return f"out of memory at N={n}" if n is not None else f"out of memory on {self.workload.name}"
+        if isinstance(error, InputError):
+            return str(error)
+        log.debug("a cell failed", exc_info=error)
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+    def _write(self, cell: ProfileCell, step: _Step, key: str, place: int, values: Mapping[str, Any]) -> None:
+        self.folder.append(
+            {
+                "workload": self.workload.name,
+                "item": key,
+                "cell": cell.digest,
+                "role": cell.role,
+                "method": cell.method,
+                "label": cell.label,
+                "options": str(dict(cell.options)),
+                "budget": cell.budget,
+                "kind": step.kind,
+                "round": step.round,
+                "place": place,
+                "number": self.numbers[cell.digest],
+                "at": time.time(),
+                "attention": self.attention,
+                **values,
+            }
+        )
+
+
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    """Garbage is collected between rounds, where it costs no cell anything."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def run_environment(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What environment.json holds: the machine, versions and commit, and the settings that change speed."""
+    settings = about["settings"]
+    return {**environment(), **{k: settings[k] for k in ("device", "dtype", "attention", "threads")}}

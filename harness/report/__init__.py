@@ -1,0 +1,1 @@
+"""What a reader of a run sees: comparisons, intervals, tables."""

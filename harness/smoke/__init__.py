@@ -1,0 +1,1 @@
+"""`smoke`: a few documents of each embedded benchmark, compared with a stored expectation."""

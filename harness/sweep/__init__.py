@@ -1,0 +1,1 @@
+"""A sweep: from a spec to the cells of a run folder."""

@@ -1,0 +1,1 @@
+"""`train`: the commands around `models.training`."""
