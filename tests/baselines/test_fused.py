@@ -21,7 +21,8 @@ triton = pytest.importorskip("triton", reason="no Triton for this platform")
 # In a process of its own: Triton decides whether to interpret when a kernel's module is imported.
 SAME = """
 import torch
-from visionselector_eval.baselines import divprune, fused, id_selection
+from visionselector_eval.baselines import divprune, id_selection
+from visionselector_eval.baselines.contract import fused
 from visionselector_eval.baselines.contract.greedy import pick_all
 from visionselector_eval.models.visionselector import idpruner
 

@@ -17,7 +17,7 @@ import yaml
 
 from visionselector_eval.harness import cli
 from visionselector_eval.harness.microbenchmarks import measured
-from visionselector_eval.harness.profiler import measure
+from visionselector_eval.harness.profiler import rounds
 from visionselector_eval.harness.profiler.measure import out_of_memory
 from visionselector_eval.harness.profiler.nvml import Nvml, NvmlSampler
 from visionselector_eval.harness.profiler.rounds import Progress
@@ -44,7 +44,7 @@ FLAGS = [
 
 @pytest.fixture(autouse=True)
 def _quick_ceiling(monkeypatch) -> None:
-    monkeypatch.setattr(measure, "matmul_ceiling", lambda device, dtype: 1e11)
+    monkeypatch.setattr(rounds, "matmul_ceiling", lambda device, dtype: 1e11)
 
 
 def spec(folder: Path, **fields: Any) -> Any:
@@ -365,7 +365,7 @@ def test_energy_is_counted_where_there_is_a_counter_and_else_sampled() -> None:
 
 
 def test_energy_of_an_answer(tiny, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(measure.Nvml, "find", classmethod(lambda cls, device: Nvml(FakeLibrary(), None)))
+    monkeypatch.setattr(Nvml, "find", classmethod(lambda cls, device: Nvml(FakeLibrary(), None)))
     run_profile(spec(tmp_path / "p", synthetic=[16], energy_seconds=0.01))
     profile = load_profile(tmp_path / "p")
     energy = profile.rows[profile.rows["kind"] == "energy"]
