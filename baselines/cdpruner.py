@@ -44,9 +44,8 @@ class CDPruner(Compressor):
     def compress(self, tokens: VisualTokens, count: int) -> Selection:
         """Keep `count` of N tokens; scores: the relevance, (N,).
 
-        Raises
-        ------
-        InputError: where `tokens.text` is None.
+        Raises:
+            InputError: where `tokens.text` is None.
         """
         if tokens.text is None:
             raise InputError("cdpruner needs the question's embeddings, which tokens.text does not hold")
@@ -78,9 +77,9 @@ def pick_order(unit: Tensor, relevance: Tensor, count: int) -> LongTensor:
     part orthogonal to the picked ones. So an orthonormal basis of the picked rows, (K, D), takes the place of the
     (K, N) factor.
 
-    Parameters
-    ----------
-    unit: (N, D) rows of length 1, or 0. relevance: (N,).
+    Args:
+        unit: (N, D) rows of length 1, or 0.
+        relevance: (N,).
     """
     order = torch.empty(count, dtype=torch.int64, device=unit.device)
     rows = _Rows(unit, relevance, count)
@@ -98,9 +97,9 @@ class _Rows:
     That remainder only shrinks, and starts as the row's own squared length. So rows shorter than the best remainder are
     left out until it has come down to them (not on a GPU, where knowing would mean waiting for it at every pick).
 
-    Attributes
-    ----------
-    index: (M,) the tokens in play, ascending. remainder: (M,), -inf for what is picked, 0 for what is spanned.
+    Attributes:
+        index: (M,) the tokens in play, ascending.
+        remainder: (M,), -inf for what is picked, 0 for what is spanned.
     """
 
     def __init__(self, unit: Tensor, relevance: Tensor, count: int) -> None:

@@ -78,15 +78,16 @@ def pick(
 ) -> LongTensor:
     """The `count` of N visual tokens that DART keeps.
 
-    Parameters
-    ----------
-    norms: (S,) L1 norms of the keys. states: (S, D) normed states; their cosines are float64.
-    image: (N,) places of the visual tokens among the S, ascending; text: (T,) places of the text to take pivots from.
-    set_order: visit pivots in the order of `list(set(places))` instead of visual and then text ones by falling norm.
+    Args:
+        norms: (S,) L1 norms of the keys.
+        states: (S, D) normed states; their cosines are float64.
+        image: (N,) places of the visual tokens among the S, ascending;
+        text: (T,) places of the text to take pivots from.
+        set_order: visit pivots in the order of `list(set(places))` instead of visual and then text ones by falling
+            norm.
 
-    Returns
-    -------
-    (count,) int64 among 0..N-1, ascending.
+    Returns:
+        (count,) int64 among 0..N-1, ascending.
     """
     first = _largest(norms[image], min(image_pivots, count, len(image)))
     pivots = torch.cat([image[first], text[_largest(norms[text], min(text_pivots, len(text)))]])

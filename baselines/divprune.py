@@ -46,15 +46,13 @@ def pick_order(features: Tensor, count: int) -> LongTensor:
     O(N^2 D) once for the first pick, O(N D) for each later one; at most 512 rows of the similarities, and a
     quarter of them all, exist at a time. On a GPU, up to 8192 tokens, all rows at once and one kernel (`pick_all`).
 
-    Parameters
-    ----------
-    features: (N, D) any float dtype; computed in float64 for float64, else in float32. Rows of zeros (and
-        rows with NaN, read as zeros) have distance 1 to every token.
-    count: 1 <= count <= N.
+    Args:
+        features: (N, D) any float dtype; computed in float64 for float64, else in float32. Rows of zeros (and rows with
+            NaN, read as zeros) have distance 1 to every token.
+        count: 1 <= count <= N.
 
-    Returns
-    -------
-    (count,) int64 on the features' device, unique.
+    Returns:
+        (count,) int64 on the features' device, unique.
     """
     unit = unit_rows(features)
     if (fused := pick_all(unit, None, 1.0, count)) is not None:

@@ -32,15 +32,13 @@ class Downsample(PixelCompressor):
     def size(self, height: int, width: int, count: int) -> tuple[int, int]:
         """The lowered size of a picture, in merged tokens.
 
-        Parameters
-        ----------
-        height, width: tokens of one frame at full size.
-        count: tokens that this frame may have, 1 <= count.
+        Args:
+            height, width: tokens of one frame at full size.
+            count: tokens that this frame may have, 1 <= count.
 
-        Returns
-        -------
-        (h, w), at least (1, 1). Canonical: the largest size of nearly the same aspect ratio with h*w <= count.
-        `upstream_exact`: each side divided by the integer s nearest to 1/sqrt(r), rounded to whole tokens.
+        Returns:
+            (h, w), at least (1, 1). Canonical: the largest size of nearly the same aspect ratio with h*w <= count.
+            `upstream_exact`: each side divided by the integer s nearest to 1/sqrt(r), rounded to whole tokens.
         """
         ratio = min(1.0, count / (height * width))
         if self.upstream_exact:

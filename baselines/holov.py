@@ -55,10 +55,9 @@ class HoloV(Compressor):
 def pick_order(attention: Tensor, count: int, crops: int) -> LongTensor:
     """(count,) indices by crop and then by descending attention, and last those that full crops had no room for.
 
-    Parameters
-    ----------
-    attention: (N,) 0 or more; among equals the lower index comes first. crops: 1 <= crops <= N runs, the first
-        N mod crops of them one token longer.
+    Args:
+        attention: (N,) 0 or more; among equals the lower index comes first.
+        crops: 1 <= crops <= N runs, the first N mod crops of them one token longer.
     """
     n = attention.shape[0]
     # float64: the shares are rounded down, where one unit of rounding can cost a token.

@@ -49,9 +49,9 @@ class IDSelection(Compressor):
 def pick_order(features: Tensor, importance: Tensor, count: int, gamma: float = 20.0) -> LongTensor:
     """(count,) indices in the order of picking; among equals, up to rounding, the lowest first. O(N D) a pick.
 
-    Parameters
-    ----------
-    features: (N, D). importance: (N,), any scale.
+    Args:
+        features: (N, D).
+        importance: (N,), any scale.
     """
     unit = unit_rows(features)
     low, high = importance.aminmax()

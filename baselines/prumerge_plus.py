@@ -57,10 +57,9 @@ class PruMergePlus(Compressor):
     def compress(self, tokens: VisualTokens, count: int) -> Selection:
         """Keep `count` of N tokens; features: (count, D), summed in float32 (float64 for float64); scores: attention.
 
-        Raises
-        ------
-        InputError: where the trace lacks attention (`cls_whole`, `cls` or `received`, in this order) or keys
-            (`keys_whole`, `keys_concat` or `keys`).
+        Raises:
+            InputError: where the trace lacks attention (`cls_whole`, `cls` or `received`, in this order) or keys
+                (`keys_whole`, `keys_concat` or `keys`).
         """
         n = tokens.features.shape[0]
         given, keys = traced(tokens, self.name, "cls_whole|cls|received", "keys_whole|keys_concat|keys")

@@ -164,13 +164,11 @@ def merged_into(dropped: int) -> int:
 def raters(visual: Tensor, text: Tensor) -> LongTensor:
     """The text tokens that the visual tokens resemble more than average.
 
-    Parameters
-    ----------
-    visual: (N, D), text: (T, D): input embeddings.
+    Args:
+        visual: (N, D), text: (T, D): input embeddings.
 
-    Returns
-    -------
-    (R,) int64, ascending, 1 <= R <= T; all T where none is above the mean.
+    Returns:
+        (R,) int64, ascending, 1 <= R <= T; all T where none is above the mean.
     """
     dtype = working_dtype(visual)
     words = text.to(dtype)
@@ -186,13 +184,12 @@ def raters(visual: Tensor, text: Tensor) -> LongTensor:
 def density_peaks(states: Tensor, clusters: int) -> tuple[LongTensor, Tensor]:
     """Clusters around tokens that are dense and far from denser ones; among equals the lower index comes first.
 
-    Parameters
-    ----------
-    states: (M, D). clusters: C, 1 <= C <= M.
+    Args:
+        states: (M, D).
+        clusters: C, 1 <= C <= M.
 
-    Returns
-    -------
-    centres: (C,) int64, best first; merged: (C, D) plain means of each centre's nearest tokens, in `working_dtype`.
+    Returns:
+        centres: (C,) int64, best first; merged: (C, D) plain means of each centre's nearest tokens, in `working_dtype`.
     """
     x = states.to(working_dtype(states))
     n, width = x.shape

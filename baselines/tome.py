@@ -46,9 +46,8 @@ class ToMe(Compressor):
     def compress(self, tokens: VisualTokens, count: int) -> Selection:
         """Merge N tokens into `count`; features: (count, D), a token that was not merged unchanged.
 
-        Raises
-        ------
-        InputError: metric="keys" where the trace lacks `keys`.
+        Raises:
+            InputError: metric="keys" where the trace lacks `keys`.
         """
         return self.merge(tokens, count)[0]
 

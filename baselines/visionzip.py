@@ -88,15 +88,13 @@ class VisionZip(Compressor):
     def compress(self, tokens: VisualTokens, count: int) -> Selection:
         """Keep `count` of N tokens, the contextual ones at their targets' places.
 
-        Returns
-        -------
-        kept: (count,) int64; features: (count, D) in the features' dtype, a dominant token unchanged, a
-        contextual one x_target + mean(x of the tokens that joined it), summed in float32 (float64 for
-        float64); scores: the attention, (N,).
+        Returns:
+            kept: (count,) int64; features: (count, D) in the features' dtype, a dominant token unchanged, a contextual
+            one x_target + mean(x of the tokens that joined it), summed in float32 (float64 for float64); scores: the
+            attention, (N,).
 
-        Raises
-        ------
-        InputError: where the trace lacks `keys`, or both `cls` and `received`.
+        Raises:
+            InputError: where the trace lacks `keys`, or both `cls` and `received`.
         """
         features, n = tokens.features, tokens.features.shape[0]
         attention, keys = traced(tokens, self.name, "cls|received", "keys")

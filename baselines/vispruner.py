@@ -68,10 +68,9 @@ def diverse(features: Tensor, count: int) -> LongTensor:
     that has none left is compared with all again, and gets a new list. What stays is the same. The rounds read back
     from the device one answer for eight tokens: whether there is such a row.
 
-    Parameters
-    ----------
-    features: (R, D), in the order in which the first round splits them; compared in float64 whatever their dtype.
-    count: 1 <= count <= R.
+    Args:
+        features: (R, D), in the order in which the first round splits them; compared in float64 whatever their dtype.
+        count: 1 <= count <= R.
     """
     unit = unit_rows(features.double())
     total = unit.shape[0]

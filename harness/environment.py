@@ -1,5 +1,4 @@
-"""What a run ran on, as plain data: versions and hardware, nothing that names the machine, its user or its
-folders."""
+"""What a run ran on, as plain data: versions and hardware, nothing that names machine, user or folders."""
 
 from __future__ import annotations
 
@@ -104,8 +103,7 @@ def attention() -> dict[str, str | None]:
 
 
 def git_commit() -> tuple[str | None, bool | None]:
-    """Commit of our checkout and whether tracked files differ from it; (None, None) where this is no
-    checkout.
+    """Commit of our checkout and whether tracked files differ from it; (None, None) outside a checkout.
 
     A copy installed inside somebody else's repository (their `.venv`) must not report their commit, so the top of the
     work tree has to be the folder that holds `harness/`.

@@ -29,9 +29,9 @@ _LOOK_ALIKES = {
 
 
 def show_what_can_be_shown() -> None:
-    """From here on a character that stdout or stderr has no code for is shown in ASCII and ends nothing.
+    r"""From here on a character that stdout or stderr has no code for is shown in ASCII and ends nothing.
 
-    The signs of our tables get look-alikes, anything else (a letter of an answer, say) its escape, `\\xfc`. Files are
+    The signs of our tables get look-alikes, anything else (a letter of an answer, say) its escape, `\xfc`. Files are
     UTF-8 whatever the locale.
     """
     codecs.register_error(_HANDLER, _in_ascii)
@@ -53,9 +53,8 @@ def free_text(argument: str) -> str:
 
     Paths stay as Python gives them, which opens the file that was named.
 
-    Raises
-    ------
-    InputError: bytes that are no UTF-8.
+    Raises:
+        InputError: bytes that are no UTF-8.
     """
     try:
         return os.fsencode(argument).decode("utf-8")

@@ -32,13 +32,12 @@ log = logging.getLogger(__name__)
 class Request:
     """One question.
 
-    Attributes
-    ----------
-    key: names the document, for seeded methods.
-    messages: gives the conversation (see `build_inputs`) when needed, so that pictures are decoded batch by batch.
-    generation: the task's generation settings.
-    until: strings at which the answer ends.
-    repetition: counts the times that the document is asked, so that each has a sample of its own.
+    Attributes:
+        key: names the document, for seeded methods.
+        messages: gives the conversation (see `build_inputs`) when needed, so that pictures are decoded batch by batch.
+        generation: the task's generation settings.
+        until: strings at which the answer ends.
+        repetition: counts the times that the document is asked, so that each has a sample of its own.
     """
 
     key: str
@@ -52,9 +51,8 @@ class Request:
 class Setting:
     """A compressor at a budget. `seed`, document and repetition choose a sampled answer; greedy ones need none.
 
-    Raises
-    ------
-    InputError: a budget that contradicts the compressor's options.
+    Raises:
+        InputError: a budget that contradicts the compressor's options.
     """
 
     compressor: Compressor
@@ -69,12 +67,12 @@ class Setting:
 class Answer:
     """One answer with what it cost in tokens, measured.
 
-    Attributes
-    ----------
-    text: decoded, cut at the first stop string.
-    kept_tokens, total_tokens: visual tokens that reached the LLM's last layer, and before compression.
-    prompt_tokens: all tokens that entered the LLM. new_tokens: generated, the end token included.
-    layer_tokens: visual tokens averaged over the LLM's layers: kept_tokens where nothing is dropped inside the LLM.
+    Attributes:
+        text: decoded, cut at the first stop string.
+        kept_tokens, total_tokens: visual tokens that reached the LLM's last layer, and before compression.
+        prompt_tokens: all tokens that entered the LLM.
+        new_tokens: generated, the end token included.
+        layer_tokens: visual tokens averaged over the LLM's layers: kept_tokens where nothing is dropped inside the LLM.
     """
 
     text: str
@@ -103,9 +101,9 @@ def _sample_seed(seed: int, request: Request) -> int:
 class _RowDraws(TorchFunctionMode):
     """Each row of `torch.multinomial` from a generator of its own: what stands beside it in a batch has no influence.
 
-    Parameters
-    ----------
-    seeds: one a row. Draws over another number of rows are left alone. device: where the probabilities are.
+    Args:
+        seeds: one a row. Draws over another number of rows are left alone.
+        device: where the probabilities are.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
@@ -134,10 +132,9 @@ def _sampling(seeds: Sequence[int], device: torch.device) -> Iterator[None]:
 class Answerer:
     """Answers requests with one backbone.
 
-    Parameters
-    ----------
-    backbone: a loaded backbone.
-    settings: pixels, frames and system prompt.
+    Args:
+        backbone: a loaded backbone.
+        settings: pixels, frames and system prompt.
     """
 
     def __init__(self, backbone: Backbone, settings: MediaSettings | None = None) -> None:
@@ -154,9 +151,8 @@ class Answerer:
     def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Decode and preprocess a batch.
 
-        Raises
-        ------
-        InputError: a picture or video that can't be read, or anything that the processor does not take.
+        Raises:
+            InputError: a picture or video that can't be read, or anything that the processor does not take.
         """
         try:
             return build_inputs(self.backbone.processor, [r.messages() for r in requests], self.settings)

@@ -40,9 +40,10 @@ _BUDGETS: tuple[Any, ...] = (0.01, 0.2, 0.5, 0.99, Tokens(7))
 class Problem:
     """A promise that a method does not keep.
 
-    Attributes
-    ----------
-    promise: a key of `PROPERTIES`. prompt: what it was shown. found: one line.
+    Attributes:
+        promise: a key of `PROPERTIES`.
+        prompt: what it was shown.
+        found: one line.
     """
 
     promise: str
@@ -218,14 +219,12 @@ PROPERTIES: dict[str, Callable[[_Subject], Iterator[tuple[str, str]]]] = {
 def check(method: Any, backbone: Backbone | None = None) -> list[Problem]:
     """What a method breaks of the promises that every compressor makes; an empty list where all are kept.
 
-    Parameters
-    ----------
-    method: what `build(...)` returned, or an instance of your class.
-    backbone: where to run it; the embedded checkpoint where not given.
+    Args:
+        method: what `build(...)` returned, or an instance of your class.
+        backbone: where to run it; the embedded checkpoint where not given.
 
-    Raises
-    ------
-    InputError: what is no method, or one that has no weights on this backbone.
+    Raises:
+        InputError: what is no method, or one that has no weights on this backbone.
     """
     backbone = backbone or load_backbone(TINY)
     made = as_compressor(method)

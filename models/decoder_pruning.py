@@ -41,13 +41,11 @@ _REFUSED = {
 def refuse_unusual_generation(method: str, generation: dict[str, Any], defaults: Any) -> None:
     """Check generation settings for a decoder-stage method.
 
-    Parameters
-    ----------
-    defaults: the checkpoint's generation config, for what `generation` does not say.
+    Args:
+        defaults: the checkpoint's generation config, for what `generation` does not say.
 
-    Raises
-    ------
-    InputError: beam search and others that a cache of unequal lengths can't serve.
+    Raises:
+        InputError: beam search and others that a cache of unequal lengths can't serve.
     """
     for name, usable in _REFUSED.items():
         value = generation.get(name, getattr(defaults, name, None))
@@ -62,10 +60,11 @@ def refuse_unusual_generation(method: str, generation: dict[str, Any], defaults:
 class _Layout:
     """Which tokens are in a layer.
 
-    Attributes
-    ----------
-    source: (B, S) int64, columns of the full-length prompt; valid: (B, S) bool, False on (left) padding.
-    lengths: tokens of each prompt. alive: for each prompt its visual tokens, as indices among those of the first layer.
+    Attributes:
+        source: (B, S) int64, columns of the full-length prompt;
+        valid: (B, S) bool, False on (left) padding.
+        lengths: tokens of each prompt.
+        alive: for each prompt its visual tokens, as indices among those of the first layer.
     """
 
     source: Tensor
@@ -100,9 +99,9 @@ class DecoderPruning:
 
     Use `installed()` around the forward or `generate()`, then `outcome()`.
 
-    Parameters
-    ----------
-    access: the LLM. compressed: a prompt whose `decoder` says what is to be dropped.
+    Args:
+        access: the LLM.
+        compressed: a prompt whose `decoder` says what is to be dropped.
     """
 
     def __init__(self, access: LayerAccess, compressed: CompressedPrompt) -> None:

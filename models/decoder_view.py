@@ -24,10 +24,10 @@ _CHUNK_WEIGHTS = 1 << 24
 class LayerAccess:
     """The parts of a Llama-like decoder that ranking reads: norms, projections and rotary embedding.
 
-    Parameters
-    ----------
-    language_model: has `layers` (with `input_layernorm` and `self_attn.{q_proj,k_proj,head_dim,scaling}`) and `norm`.
-    rotate: the family's `apply_rotary_pos_emb(q, k, cos, sin)`.
+    Args:
+        language_model: has `layers` (with `input_layernorm` and `self_attn.{q_proj,k_proj,head_dim,scaling}`) and
+            `norm`.
+        rotate: the family's `apply_rotary_pos_emb(q, k, cos, sin)`.
     """
 
     def __init__(self, language_model: Any, rotate: Callable[..., tuple[Tensor, Tensor]]) -> None:
@@ -122,13 +122,13 @@ class PromptView(DecoderView):
 class Entered:
     """What really entered the LLM's layers.
 
-    Attributes
-    ----------
-    kept: for each prompt the visual indices that reached the last layer, ascending, CPU.
-    scores: for each prompt (N,) float or None: those of the first stage, for pictures.
-    position_ids: (P, B, S'); attention_mask: (B, S'): of the last layer.
-    layer_lengths: tokens entering each layer, the largest of the batch.
-    layer_tokens: for each prompt its visual tokens, averaged over the layers, the cost to compare.
+    Attributes:
+        kept: for each prompt the visual indices that reached the last layer, ascending, CPU.
+        scores: for each prompt (N,) float or None: those of the first stage, for pictures.
+        position_ids: (P, B, S');
+        attention_mask: (B, S'): of the last layer.
+        layer_lengths: tokens entering each layer, the largest of the batch.
+        layer_tokens: for each prompt its visual tokens, averaged over the layers, the cost to compare.
     """
 
     kept: list[LongTensor]

@@ -46,10 +46,9 @@ def named_stops(until: Any, filled_in: str | None = None) -> tuple[str, ...]:
     lmms-eval puts a task's few-shot delimiter (an empty line unless it says otherwise) where the task names none. That
     would cut answers at their first empty line, and no model of its own obeys it. A task may name the same text.
 
-    Parameters
-    ----------
-    filled_in: the delimiter as the task's configuration holds it. What was filled in is the same object; what a task
-        names was read from its file and is another, even where the text is equal.
+    Args:
+        filled_in: the delimiter as the task's configuration holds it. What was filled in is the same object; what a
+            task names was read from its file and is another, even where the text is equal.
     """
     if until is None:
         return ()
@@ -68,11 +67,10 @@ def cut(text: str, until: Sequence[str]) -> str:
 def kv_cache(of: Any) -> Any:
     """The keys and values held by a call or an output of transformers' models; None where there are none.
 
-    Parameters
-    ----------
-    of: the keyword arguments of a model's or a layer's call, or the model's output (which is a mapping, too).
+    Args:
+        of: the keyword arguments of a model's or a layer's call, or the model's output (which is a mapping, too).
 
-    transformers 5.24 calls it `cache`, the releases before it `past_key_values`; this is the one place that knows.
+        transformers 5.24 calls it `cache`, the releases before it `past_key_values`; this is the one place that knows.
     """
     # The new name first: newer outputs answer to the old one with a warning.
     return of["cache"] if "cache" in of else of.get("past_key_values")

@@ -24,26 +24,28 @@ class UnsupportedMediaError(InputError):
 class MediaSettings:
     """How pictures and videos become pixels; None leaves the checkpoint's own processor setting.
 
-    Attributes
-    ----------
-    min_pixels, max_pixels: bounds of a picture's area after resizing; they do not move vision towers that take one
-        picture size alone (LLaVA-1.5).
-    side: pictures become squares of this many pixels a side, stretched unless `pad_square`, instead of those bounds.
-    pillow_resize: what Pillow does to a picture before the processor sees it. None: nothing. "bounded": resizes it to
-        whole tokens within min_pixels..max_pixels. "rounded": resizes it to whole tokens near its own size, so that the
-        processor resizes it a second time; transparent parts become white.
-    video_min_pixels, video_max_pixels: bounds of one frame's area.
-    share_pixels: frames of a clip share the pixels of 115,200 tokens, two frames each (`largest_frame`). "shown": the
-        frames that are shown do; "sampled": those do that two a second would be. None: they do not.
-    max_num_frames: most frames of a video that are shown, evenly spread; never a frame twice, and an even number unless
-        it is one, because towers of videos take frames by two.
-    fps: frames a second to show (still at most max_num_frames); None spreads max_num_frames over the whole video.
-    system_prompt: first turn of every conversation; None leaves the chat template's own.
-    jpeg: re-encode each picture as JPEG at Pillow's default quality, as the published harness does. Hurts small text.
-    pad_square: pad each picture to a square in the mean colour of CLIP's training pictures, as LLaVA does.
-    repeat_frames: the published harness's sampling: 2 frames a second (at least 4, at most 768), then exactly
-        `max_num_frames` of these by index, so that short clips show frames several times, and a clock that always says
-        2 frames a second. Off everywhere unless asked for: repeated frames are free redundancy for a compressor.
+    Attributes:
+        min_pixels, max_pixels: bounds of a picture's area after resizing; they do not move vision towers that take one
+            picture size alone (LLaVA-1.5).
+        side: pictures become squares of this many pixels a side, stretched unless `pad_square`, instead of those
+            bounds.
+        pillow_resize: what Pillow does to a picture before the processor sees it. None: nothing. "bounded": resizes it
+            to whole tokens within min_pixels..max_pixels. "rounded": resizes it to whole tokens near its own size, so
+            that the processor resizes it a second time; transparent parts become white.
+        video_min_pixels, video_max_pixels: bounds of one frame's area.
+        share_pixels: frames of a clip share the pixels of 115,200 tokens, two frames each (`largest_frame`). "shown":
+            the frames that are shown do; "sampled": those do that two a second would be. None: they do not.
+        max_num_frames: most frames of a video that are shown, evenly spread; never a frame twice, and an even number
+            unless it is one, because towers of videos take frames by two.
+        fps: frames a second to show (still at most max_num_frames); None spreads max_num_frames over the whole video.
+        system_prompt: first turn of every conversation; None leaves the chat template's own.
+        jpeg: re-encode each picture as JPEG at Pillow's default quality, as the published harness does. Hurts small
+            text.
+        pad_square: pad each picture to a square in the mean colour of CLIP's training pictures, as LLaVA does.
+        repeat_frames: the published harness's sampling: 2 frames a second (at least 4, at most 768), then exactly
+            `max_num_frames` of these by index, so that short clips show frames several times, and a clock that always
+            says 2 frames a second. Off everywhere unless asked for: repeated frames are free redundancy for a
+            compressor.
     """
 
     min_pixels: int | None = None
@@ -84,9 +86,9 @@ _CLIP_MEAN = (122, 116, 104)  # 8-bit mean of CLIP's training pictures
 def sampled_frames(total: int, native_fps: float) -> int:
     """How many frames the published harness decodes: 2 a second, at least 4 and at most 768, an even number.
 
-    Parameters
-    ----------
-    total: frames in the file. native_fps: its frame rate.
+    Args:
+        total: frames in the file.
+        native_fps: its frame rate.
     """
     wanted = max(total / native_fps * _SAMPLED_FPS, _SAMPLED_LEAST)
     return _even(min(wanted, _even(min(_SAMPLED_MOST, total))))
@@ -106,9 +108,11 @@ def frame_indices(total: int, native_fps: float, most: int, fps: float | None) -
 
     An even number of them or one: a tower that takes frames by two would show the last of an odd number twice.
 
-    Parameters
-    ----------
-    total: frames in the file. native_fps: its frame rate. most: the limit. fps: wanted rate, or None for `most` frames.
+    Args:
+        total: frames in the file.
+        native_fps: its frame rate.
+        most: the limit.
+        fps: wanted rate, or None for `most` frames.
     """
     count = min(total, most)
     if fps is not None:
@@ -130,14 +134,12 @@ def _spread(total: int, count: int) -> list[int]:
 def read_video(path: str | Path, settings: MediaSettings) -> tuple[np.ndarray, dict[str, Any]]:
     """Decode the frames that are shown, with their true places in time.
 
-    Returns
-    -------
-    frames: (T, H, W, 3) uint8; metadata: fps, frames_indices and total_num_frames as transformers' processors take it,
-        and where frames share pixels, `sharing`: how many do.
+    Returns:
+        frames: (T, H, W, 3) uint8; metadata: fps, frames_indices and total_num_frames as transformers' processors take
+        it, and where frames share pixels, `sharing`: how many do.
 
-    Raises
-    ------
-    InputError: where the file is missing or is no video that can be decoded.
+    Raises:
+        InputError: where the file is missing or is no video that can be decoded.
     """
     import av  # images need no video decoder, and a machine without network may have none
 
@@ -182,9 +184,8 @@ def read_video(path: str | Path, settings: MediaSettings) -> tuple[np.ndarray, d
 def read_image(value: Any, *, on_white: bool = False) -> Image.Image:
     """A PIL picture in RGB from a picture, a path or an array; with `on_white`, transparent parts are white.
 
-    Raises
-    ------
-    InputError: where the file is missing or is no picture.
+    Raises:
+        InputError: where the file is missing or is no picture.
     """
     if isinstance(value, np.ndarray):
         value = Image.fromarray(value)
@@ -228,21 +229,18 @@ def build_inputs(
 ) -> dict[str, Any]:
     """Tokenise a batch of conversations with their pictures and videos.
 
-    Parameters
-    ----------
-    processor: the backbone's transformers processor.
-    conversations: one a sample; a message is {"role", "content"}, content a list of {"type": "text", "text"},
-        {"type": "image", "image": picture or path} and {"type": "video", "video": path or (frames, metadata)}.
-    settings: pixels, frames and system prompt.
+    Args:
+        processor: the backbone's transformers processor.
+        conversations: one a sample; a message is {"role", "content"}, content a list of {"type": "text", "text"},
+            {"type": "image", "image": picture or path} and {"type": "video", "video": path or (frames, metadata)}.
+        settings: pixels, frames and system prompt.
 
-    Returns
-    -------
-    what the processor returns: input_ids (B, S) left-padded, attention_mask, pixel values and grids.
+    Returns:
+        what the processor returns: input_ids (B, S) left-padded, attention_mask, pixel values and grids.
 
-    Raises
-    ------
-    InputError: media that can't be read, a text that holds a placeholder token.
-    UnsupportedMediaError: a video for a backbone that takes none.
+    Raises:
+        InputError: media that can't be read, a text that holds a placeholder token.
+        UnsupportedMediaError: a video for a backbone that takes none.
     """
     texts, images, videos, metadata = [], [], [], []
     for conversation in conversations:
@@ -295,15 +293,15 @@ def process(
 ) -> dict[str, Any]:
     """Run the backbone's processor over rendered prompts and the media that they show, with the pixels of `settings`.
 
-    Parameters
-    ----------
-    texts: prompts with one placeholder for each picture and video. images: RGB, all prompts' in order.
-    videos: (T, H, W, 3) uint8 each; metadata: of each, as `read_video` gives it.
-    begins: whether texts begin a conversation, and so with the token that some tokenizers put there.
+    Args:
+        texts: prompts with one placeholder for each picture and video.
+        images: RGB, all prompts' in order.
+        videos: (T, H, W, 3) uint8 each;
+        metadata: of each, as `read_video` gives it.
+        begins: whether texts begin a conversation, and so with the token that some tokenizers put there.
 
-    Returns
-    -------
-    as `build_inputs`.
+    Returns:
+        as `build_inputs`.
     """
     arguments: dict[str, Any] = {}
     if images:
@@ -362,13 +360,12 @@ def whole_tokens(height: int, width: int, token: int, low: float, high: float) -
     The rule of Qwen's models as qwen_vl_utils has it: round each side to tokens; where the area is out of bounds, scale
     both sides of the original by one factor, and round down (area too large) or up (too small).
 
-    Parameters
-    ----------
-    token: side of a token. low, high: bounds of the area.
+    Args:
+        token: side of a token.
+        low, high: bounds of the area.
 
-    Raises
-    ------
-    InputError: a picture longer than the family's processors take.
+    Raises:
+        InputError: a picture longer than the family's processors take.
     """
     if max(height, width) > _MOST_OBLONG * min(height, width):
         raise InputError(
@@ -389,9 +386,10 @@ def largest_frame(sharing: int, token: int, low: float, high: float) -> float:
 
     The rule of qwen_vl_utils: 90 % of 128,000 tokens, each of two frames, in equal parts, but at least 1.05 `low`.
 
-    Parameters
-    ----------
-    sharing: frames that share. token: side of a token. low, high: bounds of a frame's area.
+    Args:
+        sharing: frames that share.
+        token: side of a token.
+        low, high: bounds of a frame's area.
     """
     share = _CLIP_CONTEXT * token * token * _CLIP_PART / sharing * _FRAMES_BY
     return min(high, max(share, int(low * 1.05)))

@@ -36,9 +36,8 @@ log = logging.getLogger(__name__)
 class VisualTokenCounts(TokenCounts):
     """Token counts of one sample, with its visual tokens as they really entered the LLM.
 
-    Attributes
-    ----------
-    visual_tokens_kept, visual_tokens_total: after and before compression.
+    Attributes:
+        visual_tokens_kept, visual_tokens_total: after and before compression.
     """
 
     visual_tokens_kept: int | None = None
@@ -55,17 +54,17 @@ class VisualTokenCounts(TokenCounts):
 class CompressedModel(lmms):
     """A backbone whose visual tokens a compressor reduces; a class for each family says what is loaded by default.
 
-    Parameters (`--model_args name=value,...`)
-    ----------
-    pretrained: folder or hub id; `tiny` is the embedded checkpoint. revision: on the hub.
-    method, budget: a compressor of `visionselector-eval list` and the share of visual tokens to keep (0.2, 20%, 64tok).
-    device, dtype, attn_implementation: as for `load_backbone`, `auto` by default.
-    batch_size: samples answered together.
-    protocol: pixels, frames and prompts by name (a row of `models.protocols`), by default the checkpoint's, as for all
-        other commands; any field of `MediaSettings` (min_pixels, max_pixels, max_num_frames, fps, system_prompt, jpeg,
-        ...) goes over it.
-    backbone: (from Python) a loaded backbone to share between settings instead of `pretrained`.
-    options: everything else goes to the compressor (upstream_exact=True, scorer=FOLDER, seed=1, ...).
+    Args (`--model_args name=value,...`):
+        pretrained: folder or hub id; `tiny` is the embedded checkpoint. revision: on the hub.
+        method, budget: a compressor of `visionselector-eval list` and the ratio of visual tokens to keep (0.2, 20%,
+            64tok).
+        device, dtype, attn_implementation: as for `load_backbone`, `auto` by default.
+        batch_size: samples answered together.
+        protocol: pixels, frames and prompts by name (a row of `models.protocols`), by default the checkpoint's, as for
+            all other commands; any field of `MediaSettings` (min_pixels, max_pixels, max_num_frames, fps,
+            system_prompt, jpeg, ...) goes over it.
+        backbone: (from Python) a loaded backbone to share between settings instead of `pretrained`.
+        options: everything else goes to the compressor (upstream_exact=True, scorer=FOLDER, seed=1, ...).
     """
 
     is_simple = False

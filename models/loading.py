@@ -38,9 +38,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def choose_device(device: str) -> str:
     """`auto` becomes the first CUDA device where there is one, else the CPU.
 
-    Raises
-    ------
-    InputError: for a device that is not there.
+    Raises:
+        InputError: for a device that is not there.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,9 +68,8 @@ def choose_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
 def choose_attention(name: str, device: str, dtype: torch.dtype) -> str:
     """`auto` becomes flash_attention_2 where it is installed and the device is CUDA, else sdpa.
 
-    Raises
-    ------
-    InputError: unknown name, or flash_attention_2 where it can't run (says what to install).
+    Raises:
+        InputError: unknown name, or flash_attention_2 where it can't run (says what to install).
     """
     if name not in ATTENTION:
         raise unknown("attn_implementation", name, ATTENTION)
@@ -236,9 +234,8 @@ def checkpoint_revision(source: str, revision: str | None = None) -> str:
 def checkpoint_folder(source: str, revision: str | None = None) -> Path:
     """A local folder with all files of a checkpoint (folder, hub id or `tiny`), downloaded where need be.
 
-    Raises
-    ------
-    InputError: no such checkpoint, or the hub does not give it.
+    Raises:
+        InputError: no such checkpoint, or the hub does not give it.
     """
     located = _locate(source)
     if not Path(located).is_dir():
@@ -253,9 +250,8 @@ def checkpoint_folder(source: str, revision: str | None = None) -> Path:
 def checkpoint_family(source: str, revision: str | None = None) -> Family:
     """What is known of a checkpoint's kind of model.
 
-    Raises
-    ------
-    InputError: no such checkpoint, or a family without an adapter (lists what exists).
+    Raises:
+        InputError: no such checkpoint, or a family without an adapter (lists what exists).
     """
     return _family(source, _config(source, _locate(source), revision).model_type)
 
@@ -263,13 +259,11 @@ def checkpoint_family(source: str, revision: str | None = None) -> Family:
 def default_protocol(source: str, revision: str | None = None, model_type: str | None = None) -> str:
     """The protocol of a checkpoint where nothing else is said: for sweep, ask, profile and lmms-eval's command.
 
-    Parameters
-    ----------
-    model_type: of its configuration, where that is known already.
+    Args:
+        model_type: of its configuration, where that is known already.
 
-    Raises
-    ------
-    InputError: as `checkpoint_family`.
+    Raises:
+        InputError: as `checkpoint_family`.
     """
     if known := embedded(source):
         return known.protocol
@@ -287,7 +281,7 @@ def _family(source: str, model_type: str) -> Family:
 
 @contextmanager
 def _quiet_report() -> Iterator[None]:
-    """transformers prints a table of unexpected keys; a scorer beside the backbone is expected, the rest we report."""
+    """Transformers prints a table of unexpected keys; a scorer beside the backbone is expected, the rest we report."""
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:
@@ -306,19 +300,18 @@ def load_backbone(
 ) -> Backbone:
     """Load a multimodal LLM behind its family's adapter.
 
-    Parameters
-    ----------
-    path_or_hub_id: folder, hub id, or `tiny` for the embedded checkpoint. A released VisionSelector checkpoint (the
-        backbone's state dict with `visual.importance_scorer.*` beside it) loads as it is, as do LLaVA-1.5 and LLaVA-STF
-        in the layout of the original code.
-    device: `cpu`, `cuda`, `cuda:1`, or `auto`.
-    dtype: `float32`, `bfloat16`, `float16`, `auto` (bfloat16 on CUDA, else float32), or a torch dtype.
-    attn_implementation: `sdpa`, `eager`, `flash_attention_2`, or `auto` (flash where installed and on CUDA, else sdpa).
-    revision: branch, tag or commit on the hub.
+    Args:
+        path_or_hub_id: folder, hub id, or `tiny` for the embedded checkpoint. A released VisionSelector checkpoint (the
+            backbone's state dict with `visual.importance_scorer.*` beside it) loads as it is, as do LLaVA-1.5 and
+            LLaVA-STF in the layout of the original code.
+        device: `cpu`, `cuda`, `cuda:1`, or `auto`.
+        dtype: `float32`, `bfloat16`, `float16`, `auto` (bfloat16 on CUDA, else float32), or a torch dtype.
+        attn_implementation: `sdpa`, `eager`, `flash_attention_2`, or `auto` (flash where installed and on CUDA, else
+            sdpa).
+        revision: branch, tag or commit on the hub.
 
-    Raises
-    ------
-    InputError: missing or truncated checkpoint, unknown family, unusable device, dtype or attention; one line each.
+    Raises:
+        InputError: missing or truncated checkpoint, unknown family, unusable device, dtype or attention; one line each.
     """
     source = os.fspath(path_or_hub_id)
     device = choose_device(device)

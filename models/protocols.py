@@ -14,14 +14,13 @@ TOKEN = 28 * 28  # pixels of one visual token of Qwen2.5-VL
 class Protocol(NamedTuple):
     """One row of the table.
 
-    Attributes
-    ----------
-    about: what it is, in one line.
-    fields: the fields of `MediaSettings` that it sets; the rest keeps the checkpoint's own.
-    media_first: every picture and video stands before one text, as lmms-eval's simple models ask; else where the task's
-        own messages have it.
-    new_tokens: task -> (the task's own `max_new_tokens`, the one that replaces it). Another value was asked for by the
-        user, and stays.
+    Attributes:
+        about: what it is, in one line.
+        fields: the fields of `MediaSettings` that it sets; the rest keeps the checkpoint's own.
+        media_first: every picture and video stands before one text, as lmms-eval's simple models ask; else where the
+            task's own messages have it.
+        new_tokens: task -> (the task's own `max_new_tokens`, the one that replaces it). Another value was asked for by
+            the user, and stays.
     """
 
     about: str
@@ -90,9 +89,8 @@ PROTOCOLS: dict[str, Protocol] = {
 def protocol_named(name: str) -> Protocol:
     """The row of this name.
 
-    Raises
-    ------
-    InputError: unknown protocol, with the nearest one.
+    Raises:
+        InputError: unknown protocol, with the nearest one.
     """
     if name not in PROTOCOLS:
         raise unknown("protocol", name, PROTOCOLS)
@@ -105,9 +103,8 @@ def media_fields(protocol: str, overrides: Mapping[str, Any] | None = None) -> d
     `min_pixels` and `max_pixels` also bound a video's frames, which stay below the protocol's own largest frame unless
     the lower bound is above it; and they take the place of a fixed `side`.
 
-    Raises
-    ------
-    InputError: unknown protocol.
+    Raises:
+        InputError: unknown protocol.
     """
     own = protocol_named(protocol).fields
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
@@ -127,9 +124,9 @@ def media_fields(protocol: str, overrides: Mapping[str, Any] | None = None) -> d
 def new_tokens(protocol: str, task: str, generation: Mapping[str, Any]) -> dict[str, Any]:
     """A task's generation settings under a protocol.
 
-    Parameters
-    ----------
-    task: lmms-eval's name of it. generation: as the task gives them.
+    Args:
+        task: lmms-eval's name of it.
+        generation: as the task gives them.
     """
     own, published = protocol_named(protocol).new_tokens.get(task, (None, None))
     if own is None or generation.get("max_new_tokens") != own:
@@ -140,10 +137,10 @@ def new_tokens(protocol: str, task: str, generation: Mapping[str, Any]) -> dict[
 def arranged(protocol: str, messages: Sequence[Mapping[str, Any]], text: str) -> list[dict[str, Any]]:
     """A task's conversation under a protocol: as it is, or all media and then the text.
 
-    Parameters
-    ----------
-    messages: as the task's own code makes them, media where they are named. text: the question with the task's prompt,
-        as lmms-eval's simple models get it (MMMU's keeps its literal `<image 1>`).
+    Args:
+        messages: as the task's own code makes them, media where they are named.
+        text: the question with the task's prompt, as lmms-eval's simple models get it (MMMU's keeps its literal `<image
+            1>`).
     """
     if not protocol_named(protocol).media_first:
         return [dict(message) for message in messages]

@@ -31,13 +31,12 @@ if TYPE_CHECKING:
 class VisualItem:
     """One image or video of a prompt, encoded.
 
-    Attributes
-    ----------
-    kind: "image" or "video".
-    grid: merged (t, h, w); N = t*h*w.
-    features: (N, D), raster order.
-    make_trace: computes what the encoder knows about its own attention, at first use; None if it was not captured.
-    project: see `VisualTokens.project`.
+    Attributes:
+        kind: "image" or "video".
+        grid: merged (t, h, w); N = t*h*w.
+        features: (N, D), raster order.
+        make_trace: computes what the encoder knows about its own attention, at first use; None if it was not captured.
+        project: see `VisualTokens.project`.
     """
 
     kind: Literal["image", "video"]
@@ -63,15 +62,14 @@ class Encoded:
 class Prompt:
     """A batch of full-length prompts, left-padded, as the LLM would see it without compression.
 
-    Attributes
-    ----------
-    input_ids: (B, S) int64.
-    embeds: (B, S, D) text embeddings; the rows of visual placeholders are overwritten.
-    attention_mask: (B, S) int64, 0 on padding.
-    position_ids: (P, B, S) int64, P = 3 for 3-D positions, 1 for 1-D.
-    visual: (B, S) bool, placeholders of visual tokens.
-    question: (B, S) bool, tokens of the question (for compressors that need the text).
-    keys: a name for each prompt, for seeded methods.
+    Attributes:
+        input_ids: (B, S) int64.
+        embeds: (B, S, D) text embeddings; the rows of visual placeholders are overwritten.
+        attention_mask: (B, S) int64, 0 on padding.
+        position_ids: (P, B, S) int64, P = 3 for 3-D positions, 1 for 1-D.
+        visual: (B, S) bool, placeholders of visual tokens.
+        question: (B, S) bool, tokens of the question (for compressors that need the text).
+        keys: a name for each prompt, for seeded methods.
     """
 
     input_ids: LongTensor
@@ -87,16 +85,18 @@ class Prompt:
 class CompressedPrompt:
     """A batch of prompts without the dropped visual tokens, left-padded again, ready for the LLM.
 
-    Attributes
-    ----------
-    input_ids, attention_mask: (B, S') int64. embeds: (B, S', D). position_ids: (P, B, S').
-    kept: for each prompt the kept visual indices, ascending, on the CPU; 0 is the first visual token of that prompt.
-    totals: for each prompt its visual tokens before compression.
-    scores: for each prompt (N,) float or None.
-    visual, question: (B, S') bool, places of visual tokens and of the question's.
-    items: for each prompt the sizes of its images and videos, in order: (before compression, kept).
-    decoder: what is still to be dropped inside the LLM, a method and its budget; None for nothing. `kept` then holds
-        what enters the LLM's first layer.
+    Attributes:
+        input_ids, attention_mask: (B, S') int64.
+        embeds: (B, S', D).
+        position_ids: (P, B, S').
+        kept: for each prompt the kept visual indices, ascending, on the CPU; 0 is the first visual token of that
+            prompt.
+        totals: for each prompt its visual tokens before compression.
+        scores: for each prompt (N,) float or None.
+        visual, question: (B, S') bool, places of visual tokens and of the question's.
+        items: for each prompt the sizes of its images and videos, in order: (before compression, kept).
+        decoder: what is still to be dropped inside the LLM, a method and its budget; None for nothing. `kept` then
+            holds what enters the LLM's first layer.
     """
 
     input_ids: LongTensor
@@ -115,13 +115,12 @@ class CompressedPrompt:
 def repad(keep: Tensor) -> tuple[Tensor, Tensor]:
     """Left-padding again after columns were dropped: the i-th kept token of a row of n goes to column S' - n + i.
 
-    Parameters
-    ----------
-    keep: (B, S) bool.
+    Args:
+        keep: (B, S) bool.
 
-    Returns
-    -------
-    source: (B, S') int64, the column that each token comes from (0 on padding); mask: (B, S') bool, False on padding.
+    Returns:
+        source: (B, S') int64, the column that each token comes from (0 on padding); mask: (B, S') bool, False on
+        padding.
     """
     lengths = keep.sum(1)
     size = int(lengths.max())
@@ -194,9 +193,8 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
 
     Kept tokens keep their positions, except where the method asks for others (`Compressor.renumbers`).
 
-    Raises
-    ------
-    InputError: where visual placeholders and encoded features do not match, or the compressor broke its contract.
+    Raises:
+        InputError: where visual placeholders and encoded features do not match, or the compressor broke its contract.
     """
     device = prompt.embeds.device
     keep = prompt.attention_mask.bool() & ~prompt.visual

@@ -46,15 +46,15 @@ def find_tensors(source: str, wanted: Callable[[Iterable[str]], list[str]], own:
     In a folder all `*.safetensors` and `*.bin` are looked through, whatever their names; of shards with an index only
     those that it names. On the hub torch's files are fetched only where no safetensors file has the tensors.
 
-    Parameters
-    ----------
-    source: a file, a folder, or a hub id `owner/name`, also with a folder of the repository behind it.
-    wanted: of the tensor names of one file (or index) those that belong to the module.
-    own: the file that our own trainings write: where it is, nothing else is read. what: what to call the module.
+    Args:
+        source: a file, a folder, or a hub id `owner/name`, also with a folder of the repository behind it.
+        wanted: of the tensor names of one file (or index) those that belong to the module.
+        own: the file that our own trainings write: where it is, nothing else is read.
+        what: what to call the module.
 
-    Raises
-    ------
-    InputError: nothing there, no such tensor, a damaged file, or a tensor that two files hold with different values.
+    Raises:
+        InputError: nothing there, no such tensor, a damaged file, or a tensor that two files hold with different
+            values.
     """
     path = Path(source).expanduser()
     found: dict[str, tuple[str, Tensor]] = {}

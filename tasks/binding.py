@@ -52,16 +52,15 @@ class DocumentError(InputError):
 class BoundTask:
     """A benchmark ready to be asked and scored.
 
-    Attributes
-    ----------
-    name: our name of it, e.g. "tiny_docvqa_val", "chartqa" or the group "mvbench".
-    tasks: lmms-eval `Task` objects by name; a group has several, a single task one of the same name.
-    task_manager: the lmms-eval `TaskManager` that loaded them.
-    entry: how the headline number is read.
-    data_hash: SHA-256 that names the documents, for the digest of a cell.
-    n_documents: number of documents under `limit`, over all `tasks`.
-    limit: documents per lmms-eval task, or None for all.
-    base_model: the model whose prompts are used.
+    Attributes:
+        name: our name of it, e.g. "tiny_docvqa_val", "chartqa" or the group "mvbench".
+        tasks: lmms-eval `Task` objects by name; a group has several, a single task one of the same name.
+        task_manager: the lmms-eval `TaskManager` that loaded them.
+        entry: how the headline number is read.
+        data_hash: SHA-256 that names the documents, for the digest of a cell.
+        n_documents: number of documents under `limit`, over all `tasks`.
+        limit: documents per lmms-eval task, or None for all.
+        base_model: the model whose prompts are used.
     """
 
     name: str
@@ -83,12 +82,12 @@ class BoundTask:
 class DocRequest:
     """One question as upstream asks it.
 
-    Attributes
-    ----------
-    task, doc_id: lmms-eval task name and position of the document, the key of its answer.
-    context: the question's text with upstream's prompt (no media), for pictures and logs.
-    generation: generation settings of the task, without `until`; may lack `max_new_tokens` (textvqa_val gives none).
-    until: strings at which the answer ends, as the task itself names them; may be empty.
+    Attributes:
+        task, doc_id: lmms-eval task name and position of the document, the key of its answer.
+        context: the question's text with upstream's prompt (no media), for pictures and logs.
+        generation: generation settings of the task, without `until`; may lack `max_new_tokens` (textvqa_val gives
+            none).
+        until: strings at which the answer ends, as the task itself names them; may be empty.
     """
 
     task: str
@@ -136,23 +135,23 @@ def bind(
 ) -> BoundTask:
     """Load the task `name`: an embedded mirror, or any task, group or tag of lmms-eval.
 
-    Parameters
-    ----------
-    base_model: lmms-eval's name of the unmodified model, which chooses the prompt wording (e.g. "qwen2_5_vl",
-        "qwen3_vl").
-    cache_dir: where mirrors are generated; see `tiny.store.default_cache_dir`. Real tasks use the Hugging Face caches.
-    limit: ask only the first documents, for a group the first of each member; None for all.
-    seed, documents: for a mirror only, other documents than those that sweeps ask.
-    override: for a real task only, keys of its definition to replace (of each member's, for a group), such as where the
-        data
-        is: {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": path}}}.
-    data_root: folder with the data of real tasks in the layout of `tasks.data`, used instead of the hub; mirrors do
-        not look at it.
-    metric: the headline, a metric of the task's definition, instead of the one of `suites.yaml` or, for a task that
-        is not there, of `headline.headline`.
+    Args:
+        base_model: lmms-eval's name of the unmodified model, which chooses the prompt wording (e.g. "qwen2_5_vl",
+            "qwen3_vl").
+        cache_dir: where mirrors are generated; see `tiny.store.default_cache_dir`. Real tasks use the Hugging Face
+            caches.
+        limit: ask only the first documents, for a group the first of each member; None for all.
+        seed, documents: for a mirror only, other documents than those that sweeps ask.
+        override: for a real task only, keys of its definition to replace (of each member's, for a group), such as where
+            the data is: {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": {"test":
+            path}}}.
+        data_root: folder with the data of real tasks in the layout of `tasks.data`, used instead of the hub; mirrors do
+            not look at it.
+        metric: the headline, a metric of the task's definition, instead of the one of `suites.yaml` or, for a task that
+            is not there, of `headline.headline`.
 
-    Raises `InputError`, one line each, for an unknown name or metric, a limit that is no whole number or tears pairs
-    apart, data that cannot be loaded, and data without documents.
+        Raises `InputError`, one line each, for an unknown name or metric, a limit that is no whole number or tears
+            pairs apart, data that cannot be loaded, and data without documents.
     """
     known = load_suites().tasks.get(name)
     limit = check_limit(name, limit, known.pair if known else 1)
@@ -195,8 +194,7 @@ def bind(
 
 
 def requests(bound: BoundTask) -> list[DocRequest]:
-    """Every question of a bound task in upstream's order, built by the task's own `build_all_requests`; no media
-    are read."""
+    """Every question of a bound task in upstream's order, by its own `build_all_requests`; no media are read."""
     made = []
     with one_at_a_time, lmms.quiet():
         for name, task in bound.tasks.items():

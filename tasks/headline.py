@@ -19,11 +19,10 @@ _NO_SCORE = frozenset({"submission", "bypass"})
 class Aggregate:
     """One number of a group of tasks, as the group's file states it.
 
-    Attributes
-    ----------
-    metric: the members' metric that it is made of.
-    weighted: whether a member counts by its number of documents, not as one.
-    is_mean: whether it is a mean; else code of upstream makes it.
+    Attributes:
+        metric: the members' metric that it is made of.
+        weighted: whether a member counts by its number of documents, not as one.
+        is_mean: whether it is a mean; else code of upstream makes it.
     """
 
     metric: str
@@ -35,10 +34,9 @@ class Aggregate:
 class Headline:
     """The headline metric of a task.
 
-    Attributes
-    ----------
-    metric: its name.
-    others: metrics that are as plausible; empty where the definition states one or has only one.
+    Attributes:
+        metric: its name.
+        others: metrics that are as plausible; empty where the definition states one or has only one.
     """
 
     metric: str

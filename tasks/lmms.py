@@ -28,8 +28,7 @@ log = logging.getLogger("lmms_eval")
 
 @functools.cache
 def lmms_eval() -> Any:
-    """The parts of lmms-eval that we use: `simple_evaluate`, `TaskManager`, `ChatMessages`, `lmms` and
-    `tasks_folder`."""
+    """The parts of lmms-eval that we use: `simple_evaluate`, `TaskManager`, `ChatMessages`, `lmms`, `tasks_folder`."""
     # Some task files read HF_HOME without a default (nextqa: KeyError) when they are imported.
     if "HF_HOME" not in os.environ:
         from huggingface_hub.constants import HF_HOME
@@ -117,8 +116,7 @@ def quiet() -> Iterator[io.StringIO]:
 
 @contextlib.contextmanager
 def no_waiting_offline() -> Iterator[None]:
-    """Where the hub is switched off (`HF_HUB_OFFLINE`), let upstream's loader fail at once and not after 8 s of
-    retries."""
+    """Offline (`HF_HUB_OFFLINE`), let upstream's loader fail at once and not after 8 s of retries."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from lmms_eval.api.task import ConfigurableTask
     from tenacity import stop_after_attempt

@@ -51,18 +51,18 @@ class DocScore:
 class TaskScore:
     """What upstream's evaluator says about a set of answers.
 
-    Attributes
-    ----------
-    task: our task name.
-    metric: key of the headline, "metric,filter".
-    score: the headline, at most `entry.scale`; None where only the benchmark's server has the right answers.
-    metrics: all numeric metrics by "metric,filter", standard errors left out; "task/metric,filter" for members of
-        a group.
-    documents: every document, by task and `doc_id`.
-    mean_of_documents: whether the mean of the documents' scores (of those that have one) equals `score` for these very
-        answers. It can be False where the entry says True: MVBench leaves empty answers out of its mean.
-    submissions: files that upstream wrote for a benchmark's server, below `output_path`.
-    needs_submission: the benchmark's server makes the score from `submissions`; `score` and the documents' are None.
+    Attributes:
+        task: our task name.
+        metric: key of the headline, "metric,filter".
+        score: the headline, at most `entry.scale`; None where only the benchmark's server has the right answers.
+        metrics: all numeric metrics by "metric,filter", standard errors left out; "task/metric,filter" for members of a
+            group.
+        documents: every document, by task and `doc_id`.
+        mean_of_documents: whether the mean of the documents' scores (of those that have one) equals `score` for these
+            very answers. It can be False where the entry says True: MVBench leaves empty answers out of its mean.
+        submissions: files that upstream wrote for a benchmark's server, below `output_path`.
+        needs_submission: the benchmark's server makes the score from `submissions`; `score` and the documents' are
+            None.
     """
 
     task: str
@@ -85,14 +85,13 @@ def score(
 ) -> TaskScore:
     """Score stored answers with lmms-eval's own evaluator.
 
-    Parameters
-    ----------
-    responses: answer text by lmms-eval task name and `doc_id`, one for every document of `requests(bound)`.
-    output_path: folder for the submission files that some tasks write; None throws them away.
+    Args:
+        responses: answer text by lmms-eval task name and `doc_id`, one for every document of `requests(bound)`.
+        output_path: folder for the submission files that some tasks write; None throws them away.
 
-    The same answers give the same scores in any process and order: random fallbacks of upstream's parsers are
-    seeded, its module tables reset, and the caller's random state is left as it was. Raises `InputError` for a
-    missing answer and for answers that leave the headline metric undefined.
+        The same answers give the same scores in any process and order: random fallbacks of upstream's parsers are
+            seeded, its module tables reset, and the caller's random state is left as it was. Raises `InputError` for a
+            missing answer and for answers that leave the headline metric undefined.
     """
     for name, count in bound.counts().items():
         given = responses.get(name, {})

@@ -40,18 +40,19 @@ Scope = Literal["item", "prompt"]
 class EncoderTrace:
     """What the vision encoder can tell about its own attention; a field is None unless the compressor `needs` it.
 
-    Attributes
-    ----------
-    received: (N,) float32, attention that each token received: softmax attention of the encoder's ranking layer, mean
-        over heads, summed over the queries of its segment, averaged over the patches merged into one token, in raster
-        order (VisionZip's ranking for encoders without a CLS token, arXiv 2412.04467).
-    keys: (N, Dk) float32, that layer's keys after rotary embedding, mean over heads and merged patches, raster order.
-    keys_concat: (N, H * Dk) float32, the same keys with their heads side by side instead of averaged.
-    cls: (N,) float32, attention from the CLS token, mean over heads, for encoders that have one.
-    cls_whole: (N,) float32, attention from the CLS token in the encoder's last block, its heads taken as a single one
-        (LLaVA-PruMerge's ranking, arXiv 2403.15388). keys_whole: (N, H * Dk) float32, the keys of that block.
-    patches: (N, Dp) the encoder's output before the projector, where one patch makes one token;
-        `VisualTokens.project` takes such rows to the LLM's.
+    Attributes:
+        received: (N,) float32, attention that each token received: softmax attention of the encoder's ranking layer,
+            mean over heads, summed over the queries of its segment, averaged over the patches merged into one token, in
+            raster order (VisionZip's ranking for encoders without a CLS token, arXiv 2412.04467).
+        keys: (N, Dk) float32, that layer's keys after rotary embedding, mean over heads and merged patches, raster
+            order.
+        keys_concat: (N, H * Dk) float32, the same keys with their heads side by side instead of averaged.
+        cls: (N,) float32, attention from the CLS token, mean over heads, for encoders that have one.
+        cls_whole: (N,) float32, attention from the CLS token in the encoder's last block, its heads taken as a single
+            one (LLaVA-PruMerge's ranking, arXiv 2403.15388).
+        keys_whole: (N, H * Dk) float32, the keys of that block.
+        patches: (N, Dp) the encoder's output before the projector, where one patch makes one token;
+            `VisualTokens.project` takes such rows to the LLM's.
     """
 
     received: Tensor | None = None
@@ -67,16 +68,15 @@ class EncoderTrace:
 class VisualTokens:
     """The visual tokens of one scope: one image or video (canonical), or the whole prompt (`upstream_exact`).
 
-    Attributes
-    ----------
-    features: (N, D) as the LLM would see them, raster order (time, row, column), the model's dtype.
-    grid: merged (t, h, w) with t*h*w == N; (1, 1, N) for a scope that holds several images or videos.
-    trace: what the compressor asked for in `needs`, else None.
-    text: (T, D) embeddings of the question's tokens where "text" is in `needs`, else None.
-    key: names the document (and the scope's place in it), so that seeded methods draw the same for the same document
-        whatever the batch around it.
-    project: takes rows like `trace.patches`, (M, Dp), to rows like `features`, (M, D); None where the encoder offers
-        no patches.
+    Attributes:
+        features: (N, D) as the LLM would see them, raster order (time, row, column), the model's dtype.
+        grid: merged (t, h, w) with t*h*w == N; (1, 1, N) for a scope that holds several images or videos.
+        trace: what the compressor asked for in `needs`, else None.
+        text: (T, D) embeddings of the question's tokens where "text" is in `needs`, else None.
+        key: names the document (and the scope's place in it), so that seeded methods draw the same for the same
+            document whatever the batch around it.
+        project: takes rows like `trace.patches`, (M, Dp), to rows like `features`, (M, D); None where the encoder
+            offers no patches.
     """
 
     features: Tensor
@@ -103,11 +103,10 @@ class VisualTokens:
 class Selection:
     """What a compressor keeps of one scope.
 
-    Attributes
-    ----------
-    kept: (K,) int64, ascending, unique, 0 <= kept < N. A merged token stands at its anchor's index.
-    features: (K, D) where kept tokens were changed (merged), row p belongs to kept[p]; None means `features[kept]`.
-    scores: (N,) for pictures, or None.
+    Attributes:
+        kept: (K,) int64, ascending, unique, 0 <= kept < N. A merged token stands at its anchor's index.
+        features: (K, D) where kept tokens were changed (merged), row p belongs to kept[p]; None means `features[kept]`.
+        scores: (N,) for pictures, or None.
     """
 
     kept: LongTensor
@@ -119,14 +118,13 @@ class Selection:
 class Host:
     """What a compressor may know of the backbone it is bound to.
 
-    Attributes
-    ----------
-    id: path or hub id of the backbone.
-    width: D, the size of the LLM's embeddings.
-    depth: layers of the LLM; 0 where it is not known.
-    traces: fields of `EncoderTrace` that the vision encoder can tell; "cls" where it has a CLS token.
-    extra_weights: tensors of the checkpoint that the stock architecture has no place for, by their name in the file
-        (a released VisionSelector checkpoint holds its scorer there).
+    Attributes:
+        id: path or hub id of the backbone.
+        width: D, the size of the LLM's embeddings.
+        depth: layers of the LLM; 0 where it is not known.
+        traces: fields of `EncoderTrace` that the vision encoder can tell; "cls" where it has a CLS token.
+        extra_weights: tensors of the checkpoint that the stock architecture has no place for, by their name in the file
+            (a released VisionSelector checkpoint holds its scorer there).
     """
 
     id: str
@@ -140,19 +138,19 @@ class Host:
 class Compressor(ABC):
     """A method that reduces visual tokens. Its options are the fields of a frozen, keyword-only dataclass.
 
-    Class attributes
-    ----------------
-    name: as registered.
-    stage: where it acts: `projector` (visual tokens on their way into the LLM) or `decoder` (inside the LLM);
-        `pixels` only for the down-sampling control.
-    needs: what `compress` reads beside the features: "text" and fields of `EncoderTrace`. "cls|received" asks for the
-        first of the two that the encoder can tell.
-    renumbers: whether it was published with positions counted anew over the shorter prompt: then it has these under
-        `upstream_exact` on backbones whose positions are plain numbers. Else kept tokens keep their positions.
-    trained: whether it has weights of its own.
-    paper: name and arXiv id of its source.
-    deviations: where it differs from that, beyond what holds for every method (docs/methods.md).
-    cost: time, and memory beside the inputs, as orders in the letters of docs/methods.md.
+    Attributes:
+        name: as registered.
+        stage: where it acts: `projector` (visual tokens on their way into the LLM) or `decoder` (inside the LLM);
+            `pixels` only for the down-sampling control.
+        needs: what `compress` reads beside the features: "text" and fields of `EncoderTrace`. "cls|received" asks for
+            the first of the two that the encoder can tell.
+        renumbers: whether it was published with positions counted anew over the shorter prompt: then it has these under
+            `upstream_exact` on backbones whose positions are plain numbers. Else kept tokens keep their positions.
+        trained: whether it has weights of its own.
+        paper: name and arXiv id of its source.
+        deviations: where it differs from that, beyond what holds for every method (docs/methods.md).
+        cost: time, and memory beside the inputs, as orders in the letters of docs/methods.md.
+
     The last three are for the table of docs/methods.md; a method of your own may leave them out.
     """
 
@@ -190,9 +188,8 @@ class Compressor(ABC):
     def check_budget(self, budget: Budget) -> None:  # noqa: B027 - most methods take every budget
         """Refuse, before any document is read, a budget that contradicts this method's options.
 
-        Raises
-        ------
-        InputError: for such a budget. Budget 1, the backbone itself, is always accepted.
+        Raises:
+            InputError: for such a budget. Budget 1, the backbone itself, is always accepted.
         """
 
     @abstractmethod
@@ -202,9 +199,8 @@ class Compressor(ABC):
     def bind(self, host: Host) -> Compressor:
         """This method made ready for one backbone; learned methods take their weights from `host` here.
 
-        Raises
-        ------
-        InputError: where the backbone does not fit (no weights, another width).
+        Raises:
+            InputError: where the backbone does not fit (no weights, another width).
         """
         return self
 
@@ -233,9 +229,9 @@ class PixelCompressor(Compressor):
     def size(self, height: int, width: int, count: int) -> tuple[int, int]:
         """The lowered size of one frame, in tokens: (h, w), at least (1, 1).
 
-        Parameters
-        ----------
-        height, width: tokens of the frame at full size. count: tokens that it may have, 1 <= count.
+        Args:
+            height, width: tokens of the frame at full size.
+            count: tokens that it may have, 1 <= count.
         """
 
     def compress(self, tokens: VisualTokens, count: int) -> Selection:
@@ -260,9 +256,8 @@ class ScoreCompressor(Compressor):
 def traced(tokens: VisualTokens, method: str, *names: str) -> list[Tensor]:
     """The fields `names` of the tokens' trace; of alternatives ("cls|received") the first that it holds.
 
-    Raises
-    ------
-    InputError: where the encoder did not tell one of them.
+    Raises:
+        InputError: where the encoder did not tell one of them.
     """
     values: dict[str, Tensor] = {}
     for name in names:
@@ -319,9 +314,8 @@ class _Adapted(Compressor):
 def as_compressor(value: Any) -> Compressor:
     """`value` itself if it is a `Compressor`, else an adapter around an object with `name` and `compress`.
 
-    Raises
-    ------
-    InputError: where `value` is neither.
+    Raises:
+        InputError: where `value` is neither.
     """
     if isinstance(value, Compressor):
         return value

@@ -60,9 +60,8 @@ def _wrong(value: object) -> InputError:
 def parse_budget(value: Budget | float | str) -> Budget:
     """Read a budget: `0.2`, `"0.2"`, `"20%"`, `"64tok"`, `Share(0.2)` or `Tokens(64)`.
 
-    Raises
-    ------
-    InputError: for anything else (0, -1, 1.5, nan, "abc", ...).
+    Raises:
+        InputError: for anything else (0, -1, 1.5, nan, "abc", ...).
     """
     if isinstance(value, Share | Tokens):
         return value

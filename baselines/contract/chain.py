@@ -162,9 +162,8 @@ class BeforeLLM(_Chain, Compressor):
 def chain(first: Compressor, second: Compressor, split: float) -> Compressor:
     """Two methods in a row.
 
-    Raises
-    ------
-    InputError: for two that can't follow each other.
+    Raises:
+        InputError: for two that can't follow each other.
     """
     name = f"{first.name}+{second.name}"
     if first.stage != "projector":

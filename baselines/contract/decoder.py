@@ -18,18 +18,17 @@ from visionselector_eval.baselines.contract.numerics import top_k
 class DecoderView(ABC):
     """What a decoder-stage method sees of one prompt at the input of one LLM layer, without padding.
 
-    Attributes
-    ----------
-    layer, depth: the layer whose input this is, and the LLM's number of layers.
-    hidden: (S, D) states of the tokens still there, in prompt order, the model's dtype.
-    visual: (V,) int64, places of the visual tokens among the S, ascending.
-    original: (V,) int64, their visual indices in the prompt (0 is its first visual token).
-    item: (V,) int64, which image or video of the prompt each belongs to.
-    text: (T,) int64, places of the question's tokens among the S; the last token of the prompt is at S - 1.
-    total: tokens of the prompt before any compression.
-    embeds: (S0, D) input embeddings of the whole prompt as it entered the LLM, (V0,) `first_visual` the visual
-        tokens among them and (T,) `first_text` the question's.
-    memory: kept from one layer of the same prompt to the next, for methods that decide something only once.
+    Attributes:
+        layer, depth: the layer whose input this is, and the LLM's number of layers.
+        hidden: (S, D) states of the tokens still there, in prompt order, the model's dtype.
+        visual: (V,) int64, places of the visual tokens among the S, ascending.
+        original: (V,) int64, their visual indices in the prompt (0 is its first visual token).
+        item: (V,) int64, which image or video of the prompt each belongs to.
+        text: (T,) int64, places of the question's tokens among the S; the last token of the prompt is at S - 1.
+        total: tokens of the prompt before any compression.
+        embeds: (S0, D) input embeddings of the whole prompt as it entered the LLM, (V0,) `first_visual` the visual
+            tokens among them and (T,) `first_text` the question's.
+        memory: kept from one layer of the same prompt to the next, for methods that decide something only once.
     """
 
     layer: int
@@ -49,15 +48,13 @@ class DecoderView(ABC):
     def received(self, layer: int, queries: Tensor | None = None) -> Tensor:
         """(S,) attention that each token receives: causal softmax rows, averaged over heads and queries.
 
-        Parameters
-        ----------
-        layer: this view's layer (its input norm and projections applied to the states as they are now), or the one
-            before it (the attention that really took place there; needs "previous").
-        queries: (Q,) places of the query tokens among the S; all S where not given.
+        Args:
+            layer: this view's layer (its input norm and projections applied to the states as they are now), or the one
+                before it (the attention that really took place there; needs "previous").
+            queries: (Q,) places of the query tokens among the S; all S where not given.
 
-        Returns
-        -------
-        float32 (float64 for float64 states), summing to 1. Summed in chunks: never an S x S array.
+        Returns:
+            float32 (float64 for float64 states), summing to 1. Summed in chunks: never an S x S array.
         """
 
     @abstractmethod
@@ -88,21 +85,18 @@ class DecoderCompressor(Compressor):
     def keep(self, view: DecoderView, members: LongTensor, count: int) -> Selection:
         """Choose (and possibly merge) `count` of the M visual tokens of one scope; called where 1 <= count < M.
 
-        Parameters
-        ----------
-        members: (M,) int64, the scope's tokens as indices into `view.visual`, ascending.
+        Args:
+            members: (M,) int64, the scope's tokens as indices into `view.visual`, ascending.
 
-        Returns
-        -------
-        `kept` among 0..M-1; `features` are states at this layer, (count, D); `scores` (M,).
+        Returns:
+            `kept` among 0..M-1; `features` are states at this layer, (count, D); `scores` (M,).
         """
 
     def counts(self, n: int, budget: Budget, depth: int, total: int) -> tuple[int, ...]:
         """Tokens of a scope of `n` that are left after each stage, one for each of `layers(depth)`.
 
-        Parameters
-        ----------
-        total: tokens of the whole prompt before any compression, text included.
+        Args:
+            total: tokens of the whole prompt before any compression, text included.
         """
         return (self.count(n, budget),) * len(self.layers(depth))
 
@@ -126,9 +120,8 @@ class DecoderCompressor(Compressor):
     def check_layers(self, depth: int) -> tuple[int, ...]:
         """`layers(depth)`.
 
-        Raises
-        ------
-        InputError: where they do not lie inside an LLM of `depth` layers.
+        Raises:
+            InputError: where they do not lie inside an LLM of `depth` layers.
         """
         layers = self.layers(depth)
         ascending = all(a < b for a, b in itertools.pairwise(layers))
@@ -158,9 +151,8 @@ class ScoreDecoder(DecoderCompressor):
 def check_schedule(method: str, schedule: str) -> None:
     """Refuse a `schedule` that is neither `geometric` nor `published`.
 
-    Raises
-    ------
-    InputError: for such a value.
+    Raises:
+        InputError: for such a value.
     """
     if schedule not in ("geometric", "published"):
         raise InputError(

@@ -13,11 +13,10 @@ class InputError(ValueError):
 def unknown(kind: str, name: object, choices: Iterable[str]) -> InputError:
     """An `InputError` for a name that does not exist, with the nearest existing one.
 
-    Parameters
-    ----------
-    kind: what the name should have been, e.g. "method".
-    name: what arrived.
-    choices: all names that exist.
+    Args:
+        kind: what the name should have been, e.g. "method".
+        name: what arrived.
+        choices: all names that exist.
     """
     known = sorted(choices)
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)

@@ -14,9 +14,8 @@ class SimilarityRows:
     tokens that look likely to be picked soon come along. Which rows are guessed changes the time only; at most 512
     rows, and a quarter of N, are held.
 
-    Parameters
-    ----------
-    unit: (N, D) rows of length 1, from `unit_rows`.
+    Args:
+        unit: (N, D) rows of length 1, from `unit_rows`.
     """
 
     def __init__(self, unit: Tensor) -> None:
@@ -51,16 +50,15 @@ def pick_all(
     After a pick p with similarities s a value becomes `start - weight * max(s of all picks)`; with `fades` it becomes
     `max(0, value - exp(-weight * (1 - s)^2) * value[p])`. What is picked is not picked again.
 
-    Parameters
-    ----------
-    unit: (N, D) rows of length 1, or 0. count: 1 <= count <= N.
-    start: (N,) the first values, same dtype; None: 0 for all, and the first pick is the token whose most similar other
-        token is least similar.
+    Args:
+        unit: (N, D) rows of length 1, or 0.
+        count: 1 <= count <= N.
+        start: (N,) the first values, same dtype; None: 0 for all, and the first pick is the token whose most similar
+            other token is least similar.
 
-    Returns
-    -------
-    (count,) int64, or None where only the caller's own loop can do it: not on CUDA, not float32, more than 8192
-    tokens, or no working Triton.
+    Returns:
+        (count,) int64, or None where only the caller's own loop can do it: not on CUDA, not float32, more than 8192
+        tokens, or no working Triton.
     """
     if not unit.is_cuda or unit.dtype != torch.float32 or unit.shape[0] > _FUSED:
         return None

@@ -10,13 +10,11 @@ from torch.nn.functional import normalize
 def top_k(scores: Tensor, count: int) -> LongTensor:
     """Indices of the `count` largest scores, ascending; among equal scores the lower index wins.
 
-    Parameters
-    ----------
-    scores: (N,) any float dtype. NaN counts as the smallest.
+    Args:
+        scores: (N,) any float dtype. NaN counts as the smallest.
 
-    Returns
-    -------
-    (count,) int64.
+    Returns:
+        (count,) int64.
     """
     ranked = torch.sort(torch.nan_to_num(scores, nan=-torch.inf), descending=True, stable=True).indices
     return ranked[:count].sort().values  # type: ignore[return-value]
@@ -38,10 +36,9 @@ def first_largest(values: Tensor, slack: Tensor | float | None = None) -> Tensor
     A matrix product sums a row in an order that depends on the row's place, so that equal tokens get similarities a
     few units of rounding apart; a plain argmax would let that noise break their tie.
 
-    Parameters
-    ----------
-    values: (N,), cosines or other numbers of about that size.
-    slack: how far below the largest a value may be, 8 units of rounding where not given; (N,) or one for all.
+    Args:
+        values: (N,), cosines or other numbers of about that size.
+        slack: how far below the largest a value may be, 8 units of rounding where not given; (N,) or one for all.
     """
     slack = 8 * torch.finfo(values.dtype).eps if slack is None else slack
     return (values + slack >= values.amax()).to(torch.uint8).argmax(dim=0, keepdim=True)
@@ -50,14 +47,12 @@ def first_largest(values: Tensor, slack: Tensor | float | None = None) -> Tensor
 def rounded(similarities: Tensor) -> Tensor:
     """Cosines to 32 binary digits, so that a sort sees equal tokens as equal (see `first_largest`).
 
-    Parameters
-    ----------
-    similarities: float64, of rows that were made unit rows in float64 (`unit_rows(rows.double())`). In float32 a step
-        wide enough to hide the noise of a product, 2^-20, would also make equal what is not.
+    Args:
+        similarities: float64, of rows that were made unit rows in float64 (`unit_rows(rows.double())`). In float32 a
+            step wide enough to hide the noise of a product, 2^-20, would also make equal what is not.
 
-    Raises
-    ------
-    ValueError: for another dtype.
+    Raises:
+        ValueError: for another dtype.
     """
     if similarities.dtype != torch.float64:
         raise ValueError(f"invalid dtype {similarities.dtype}: expected float64, from unit_rows(rows.double())")

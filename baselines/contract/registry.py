@@ -69,9 +69,8 @@ def available() -> list[str]:
 def compressor_class(name: str) -> type:
     """The class registered under `name`.
 
-    Raises
-    ------
-    InputError: for an unknown name (with the nearest existing one), or a third-party entry that cannot be imported.
+    Raises:
+        InputError: for an unknown name (with the nearest existing one), or a third-party entry that cannot be imported.
     """
     if name in BUILTIN:
         module, _, attribute = BUILTIN[name].partition(":")
@@ -99,9 +98,8 @@ def options_of(name: str) -> dict[str, inspect.Parameter]:
 def chained(name: str) -> tuple[str, ...]:
     """The two methods of a combination `A+B`; nothing for a plain name.
 
-    Raises
-    ------
-    InputError: where it is neither one name nor two different ones.
+    Raises:
+        InputError: where it is neither one name nor two different ones.
     """
     if "+" not in name:
         return ()
@@ -126,9 +124,8 @@ def options_of_class(kind: type) -> dict[str, inspect.Parameter]:
 def resolve_options(name: str, options: Mapping[str, Any], backbone: str | None = None) -> dict[str, Any]:
     """`options` checked against the method's own, completed with the defaults (`backbone`'s own first, where given).
 
-    Raises
-    ------
-    InputError: unknown method, unknown option (names the near match), missing option, or a value of another type.
+    Raises:
+        InputError: unknown method, unknown option (names the near match), missing option, or a value of another type.
     """
     known = options_of(name)
     if backbone is not None:
@@ -184,9 +181,9 @@ def build(name: str, **options: Any) -> Compressor:
     `build("visionselector+fastv", split=0.5, **{"fastv.layer": 3})` is two in a row with one budget (`chain.py`);
     `upstream_exact` then goes to both.
 
-    Raises
-    ------
-    InputError: unknown method or option (the message names the near match), or an option's value that cannot be used.
+    Raises:
+        InputError: unknown method or option (the message names the near match), or an option's value that cannot be
+            used.
     """
     from visionselector_eval.baselines.contract.base import as_compressor  # brings torch, which names alone do not need
 

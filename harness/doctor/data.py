@@ -25,13 +25,12 @@ _PACKAGES = {"cv2": "opencv-python-headless", "PIL": "pillow", "sklearn": "sciki
 def data_checks(names: Iterable[str], data_root: str | Path | None = None) -> list[Check]:
     """One check for each task (each member of a group): documents, videos and packages.
 
-    Parameters
-    ----------
-    names: tasks, groups or tags. data_root: folder of local data; without it, what is in the caches counts.
+    Args:
+        names: tasks, groups or tags.
+        data_root: folder of local data; without it, what is in the caches counts.
 
-    Raises
-    ------
-    InputError: an unknown task, or a data root that is no folder.
+    Raises:
+        InputError: an unknown task, or a data root that is no folder.
     """
     root = layout.root_folder(data_root) if data_root is not None else None
     known = load_suites().tasks

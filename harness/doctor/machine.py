@@ -43,12 +43,11 @@ _HUB_SECONDS = 3.0
 class Check:
     """The outcome of one check.
 
-    Attributes
-    ----------
-    name: what was looked at.
-    ok: True; False: something required is missing or broken; None: optional and absent.
-    detail: what was found, one line.
-    remedy: what to do; empty where nothing has to be done.
+    Attributes:
+        name: what was looked at.
+        ok: True; False: something required is missing or broken; None: optional and absent.
+        detail: what was found, one line.
+        remedy: what to do; empty where nothing has to be done.
     """
 
     name: str
@@ -60,9 +59,8 @@ class Check:
 def checks(run_folder: str | Path = "runs") -> list[Check]:
     """Run all checks. Takes some seconds (imports, at most 3 s for the hub) and changes nothing.
 
-    Parameters
-    ----------
-    run_folder: where runs are going to be written.
+    Args:
+        run_folder: where runs are going to be written.
     """
     sections: list[tuple[str, Callable[[], Iterable[Check]]]] = [
         ("python", _python),
@@ -144,8 +142,7 @@ def _package() -> Iterable[Check]:
 
 
 def _versions() -> Iterable[Check]:
-    """Every package that our metadata requires, against its range. Those of the model stack always get a
-    line."""
+    """Every package that our metadata requires, against its range; those of the model stack always get a line."""
     from packaging.requirements import Requirement
 
     always = {"torch", "transformers", "lmms-eval"}

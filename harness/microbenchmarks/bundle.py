@@ -108,9 +108,8 @@ print("python %d.%d, %d of %d missing" % (*sys.version_info[:2], lacking, len(PI
 def closure(roots: Iterable[str], without: Container[str] = ()) -> list[str]:
     """`roots` and the libraries that they need, sorted, by the metadata of what is installed here.
 
-    Parameters
-    ----------
-    without: names that are left out, with what only they need.
+    Args:
+        without: names that are left out, with what only they need.
     """
     names: set[str] = set()
     remaining = [canonicalize_name(root) for root in roots]
@@ -151,9 +150,8 @@ def ranges(root: Path) -> dict[str, tuple[tuple[str, str], ...]]:
 def make(root: Path, output: Path, names: Sequence[str], python: str) -> int:
     """Write the bundle from the checkout at `root`; returns its size in bytes.
 
-    Raises
-    ------
-    InputError: a library that the lock does not pin, or that the registry has no wheel of.
+    Raises:
+        InputError: a library that the lock does not pin, or that the registry has no wheel of.
     """
     if not (root / "requirements.lock").is_file():
         raise InputError("a bundle is made from a checkout of this project: clone it and run `make bundle` there")

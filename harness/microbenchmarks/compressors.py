@@ -160,9 +160,8 @@ def decoder_prompt(
 ) -> PromptView:
     """A prompt of `n` visual and `text` other tokens at the input of a random layer 2; half of the text stands before.
 
-    Parameters
-    ----------
-    width: D, an even number; a multiple of 128 from there on. All values are random.
+    Args:
+        width: D, an even number; a multiple of 128 from there on. All values are random.
     """
     generator = torch.Generator().manual_seed(1)
 

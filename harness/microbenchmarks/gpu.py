@@ -129,9 +129,8 @@ class Correctness:
 def check_all(table: Correctness, device: str, end: float) -> None:
     """Every check that `table` does not hold yet, until `end` (of `time.monotonic`).
 
-    Raises
-    ------
-    TimeUp: checks remain.
+    Raises:
+        TimeUp: checks remain.
     """
 
     def checks() -> Iterator[tuple[str, str, str, Callable[[], str]]]:

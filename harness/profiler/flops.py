@@ -30,9 +30,8 @@ class FlopProbe:
     Causal attention counts as the whole square, as in `theoretical_prefill`. Kernels that torch does not know
     (flash-attn's own) count nothing: `kernels` then names no attention.
 
-    Attributes
-    ----------
-    flops: {phase: operations}. kernels: {phase: names of the fused attention kernels that ran}.
+    Attributes:
+        flops: {phase: operations}. kernels: {phase: names of the fused attention kernels that ran}.
     """
 
     def __init__(self) -> None:
@@ -68,9 +67,8 @@ def theoretical_prefill(config: Any, lengths: Sequence[int]) -> list[int]:
     A multiplication and an addition count as two; softmax, norms and activations as nothing; causal attention as the
     whole square.
 
-    Parameters
-    ----------
-    config: the LLM's config: hidden_size, intermediate_size, num_attention_heads, num_key_value_heads.
+    Args:
+        config: the LLM's config: hidden_size, intermediate_size, num_attention_heads, num_key_value_heads.
     """
     width, inner = config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or width // config.num_attention_heads
@@ -99,9 +97,9 @@ def theoretical_output(config: Any) -> int:
 def theoretical_vision(config: Any, grid: tuple[int, int, int]) -> int:
     """FLOPs of Qwen2.5-VL's vision encoder for one picture or video.
 
-    Parameters
-    ----------
-    config: the vision config. grid: merged (t, h, w), N = t*h*w.
+    Args:
+        config: the vision config.
+        grid: merged (t, h, w), N = t*h*w.
     """
     t, h, w = grid
     merge = config.spatial_merge_size
@@ -121,9 +119,8 @@ def theoretical_vision(config: Any, grid: tuple[int, int, int]) -> int:
 def theoretical_clip(config: Any, pictures: int) -> int:
     """FLOPs of a CLIP vision tower for `pictures` pictures of its size, projector not counted.
 
-    Parameters
-    ----------
-    config: the vision config. All its blocks run, the last one included.
+    Args:
+        config: the vision config. All its blocks run, the last one included.
     """
     patches, width = (config.image_size // config.patch_size) ** 2, config.hidden_size
     n = patches + 1  # the CLS token
@@ -136,9 +133,8 @@ def theoretical_clip(config: Any, pictures: int) -> int:
 def theoretical_projector(config: Any, patches: int) -> int:
     """FLOPs of LLaVA-1.5's projector, or of trained token fusion in its place, for `patches` patches.
 
-    Parameters
-    ----------
-    config: the whole model's.
+    Args:
+        config: the whole model's.
     """
     width, out = config.vision_config.hidden_size, config.text_config.hidden_size
     layers = config.vision_feature_layer
@@ -154,9 +150,8 @@ def theoretical_projector(config: Any, patches: int) -> int:
 def matmul_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of the fastest square product that was seen: what the device really gives at this precision.
 
-    Parameters
-    ----------
-    seconds: time to spend on each size.
+    Args:
+        seconds: time to spend on each size.
     """
     best = 0.0
     for size in (4096, 8192) if device.type == "cuda" else (512, 1024, 2048):

@@ -50,9 +50,10 @@ class Bound:
 class Profiler:
     """Measures answers of one backbone.
 
-    Parameters
-    ----------
-    backbone: loaded. new_tokens: forced length of every answer. clock: for time; the device's own by default.
+    Args:
+        backbone: loaded.
+        new_tokens: forced length of every answer.
+        clock: for time; the device's own by default.
     """
 
     def __init__(self, backbone: Backbone, new_tokens: int, clock: Clock | None = None) -> None:

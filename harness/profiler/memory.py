@@ -22,11 +22,11 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class MemoryProbe(Protocol):
     """A probe for `PhaseRecorder`.
 
-    Attributes
-    ----------
-    method: how the peak is found, with its interval where it is sampled.
-    baseline: bytes before the answer: weights, libraries, inputs. whole: largest absolute bytes seen.
-    peaks: {measure: {phase: bytes above the baseline}}: `allocated` and `reserved` on CUDA, `rss` on a CPU.
+    Attributes:
+        method: how the peak is found, with its interval where it is sampled.
+        baseline: bytes before the answer: weights, libraries, inputs.
+        whole: largest absolute bytes seen.
+        peaks: {measure: {phase: bytes above the baseline}}: `allocated` and `reserved` on CUDA, `rss` on a CPU.
     """
 
     method: str
@@ -116,9 +116,8 @@ class ResidentMemory:
 class SampledMemory:
     """Resident memory read again and again by a thread: for systems where the kernel's mark can't be reset.
 
-    Parameters
-    ----------
-    interval: seconds between two readings; a peak that is shorter can be missed.
+    Args:
+        interval: seconds between two readings; a peak that is shorter can be missed.
     """
 
     def __init__(self, interval: float = _SAMPLING_SECONDS) -> None:

@@ -18,11 +18,13 @@ INTERVAL = 0.02  # seconds between two readings
 class Reading:
     """What a GPU used over a stretch of time.
 
-    Attributes
-    ----------
-    seconds: its length. joules: energy, from the driver's counter, else the mean power times the seconds.
-    watts: mean power over the samples. bytes: largest memory in use on the device, by all processes. samples: readings.
-    source: where `joules` comes from.
+    Attributes:
+        seconds: its length.
+        joules: energy, from the driver's counter, else the mean power times the seconds.
+        watts: mean power over the samples.
+        bytes: largest memory in use on the device, by all processes.
+        samples: readings.
+        source: where `joules` comes from.
     """
 
     seconds: float
@@ -79,9 +81,9 @@ class Nvml:
 class NvmlSampler:
     """Samples a GPU while a block runs; `reading` afterwards.
 
-    Parameters
-    ----------
-    gpu: from `Nvml.find` (anything with watts, used_bytes and joules). interval: seconds between two readings.
+    Args:
+        gpu: from `Nvml.find` (anything with watts, used_bytes and joules).
+        interval: seconds between two readings.
     """
 
     def __init__(self, gpu: Any, interval: float = INTERVAL) -> None:

@@ -90,9 +90,9 @@ class Probe(Protocol):
 class PhaseRecorder:
     """Marks the borders of the phases of one answer.
 
-    Parameters
-    ----------
-    clock: for time; None measures none. probes: are told of every border.
+    Args:
+        clock: for time; None measures none.
+        probes: are told of every border.
     """
 
     def __init__(self, clock: Clock | None, probes: Sequence[Probe] = ()) -> None:
@@ -132,9 +132,8 @@ class PhaseRecorder:
     def watching(self, backbone: Backbone, *, cache: bool = False) -> Iterator[None]:
         """Hooks for one answer: the steps of the run, and the LLM's first forward.
 
-        Parameters
-        ----------
-        cache: look at the cache after the prompt; takes time, so not while time is measured.
+        Args:
+            cache: look at the cache after the prompt; takes time, so not while time is measured.
         """
 
         def before(module: Any, args: Any, kwargs: Any) -> None:

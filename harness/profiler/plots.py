@@ -18,9 +18,8 @@ _COLOURS = dict(zip(PHASES, ("#bbbbbb", "#4477aa", "#ee6677", "#228833", "#ddddd
 def draw(lines: pd.DataFrame, folder: Path) -> list[Path]:
     """Write `phases-<workload>.png` and `speedup-<workload>.png` for every workload that was timed.
 
-    Parameters
-    ----------
-    lines: from `report.summary`.
+    Args:
+        lines: from `report.summary`.
     """
     folder.mkdir(exist_ok=True)
     written = []

@@ -196,9 +196,8 @@ _WAITING = {"llava_onevision_7b": "llava_onevision"}
 def shape_named(name: str) -> Shape:
     """The shape registered under `name`.
 
-    Raises
-    ------
-    InputError: unknown (names the near match), or of a family that has no adapter yet.
+    Raises:
+        InputError: unknown (names the near match), or of a family that has no adapter yet.
     """
     if name in _WAITING and name not in SHAPES:
         raise InputError(
@@ -308,10 +307,9 @@ def build_random(
 ) -> Backbone:
     """A backbone of the named shape with random weights on `device`.
 
-    Raises
-    ------
-    InputError: unknown shape, or one whose family has no adapter yet.
-    torch.OutOfMemoryError: it does not fit.
+    Raises:
+        InputError: unknown shape, or one whose family has no adapter yet.
+        torch.OutOfMemoryError: it does not fit.
     """
     shape = shape_named(name)
     module, _, attribute = FAMILIES[shape.family].adapter.partition(":")

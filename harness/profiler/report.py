@@ -55,9 +55,8 @@ def paired_ratio(full: pd.Series, own: pd.Series) -> Ratio:
     The percentile interval (2000 resamples of the rounds) is where the true ratio lies; a second run has an error of
     its own, so it is widened by the square root of 2: it says where the same measurement lands when it is repeated.
 
-    Parameters
-    ----------
-    full, own: values by round; rounds that only one of them has are left out.
+    Args:
+        full, own: values by round; rounds that only one of them has are left out.
     """
     both = pd.concat([full, own], axis=1, join="inner").dropna()
     values = (both.iloc[:, 0] / both.iloc[:, 1]).to_numpy(dtype=np.float64)
@@ -184,17 +183,16 @@ def _cell(workload: str, cell: Any, rows: pd.DataFrame, full: pd.DataFrame, prof
 def peak(memory: pd.DataFrame, measure: str, phases: Sequence[str]) -> float:
     """Bytes: the largest peak among `phases`, each the smallest of its rounds; median over the items of a workload.
 
-    Parameters
-    ----------
-    memory: one row a round, with `item` and `<measure>_<phase>_bytes`. measure: allocated, reserved or rss.
+    Args:
+        memory: one row a round, with `item` and `<measure>_<phase>_bytes`.
+        measure: allocated, reserved or rss.
 
-    Returns
-    -------
-    nan without rows, or without any of the columns.
+    Returns:
+        nan without rows, or without any of the columns.
 
-    What an allocator holds beside an answer's own tensors (scratch memory that a library kept, pages of another phase)
-    comes and goes between rounds of the same answer, and twice the peak is nothing rare on a CPU. Peaks that are
-    sampled can be missed as well, so there it is the median.
+        What an allocator holds beside an answer's own tensors (scratch memory that a library kept, pages of another
+        phase) comes and goes between rounds of the same answer, and twice the peak is nothing rare on a CPU. Peaks that
+        are sampled can be missed as well, so there it is the median.
     """
     columns = [c for p in phases if (c := f"{measure}_{p}_bytes") in memory]
     if not columns or memory.empty:
@@ -377,9 +375,8 @@ def markdown(profile: Profile, lines: pd.DataFrame) -> str:
 def write(folder: str | Path) -> str:
     """Make table.md, table.csv and, with matplotlib, the plots from a profile's rows; returns the text of table.md.
 
-    Raises
-    ------
-    InputError: nothing measured there.
+    Raises:
+        InputError: nothing measured there.
     """
     profile = load_profile(folder)
     lines = summary(profile)
@@ -402,10 +399,10 @@ def write(folder: str | Path) -> str:
 class Agreement:
     """How two profiles of the same cells agree.
 
-    Attributes
-    ----------
-    cells: one row a cell: workload, label, budget, ratio_a, low, high, ratio_b, inside. inside: how many are.
-    different: settings that differ.
+    Attributes:
+        cells: one row a cell: workload, label, budget, ratio_a, low, high, ratio_b, inside.
+        inside: how many are.
+        different: settings that differ.
     """
 
     cells: pd.DataFrame
@@ -443,9 +440,9 @@ class Agreement:
 def compare(a: str | Path, b: str | Path) -> Agreement:
     """For how many cells the speed-up of the first token in B lies within its interval in A.
 
-    Raises
-    ------
-    InputError: nothing measured, no cell in common, no intervals (too few rounds), or another backbone or attention.
+    Raises:
+        InputError: nothing measured, no cell in common, no intervals (too few rounds), or another backbone or
+            attention.
     """
     one, two = load_profile(a), load_profile(b)
     mine, theirs = one.about["settings"], two.about["settings"]

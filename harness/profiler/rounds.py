@@ -111,13 +111,11 @@ def profile(
 ) -> dict[tuple[str, str], str]:
     """Measure what `folder` does not hold yet.
 
-    Returns
-    -------
-    {(workload, cell digest): reason} of what could not be measured.
+    Returns:
+        {(workload, cell digest): reason} of what could not be measured.
 
-    Raises
-    ------
-    InputError: a workload with more tokens than the model has positions; nothing is measured then.
+    Raises:
+        InputError: a workload with more tokens than the model has positions; nothing is measured then.
     """
     progress = progress or Progress()
     measuring = profiler or Profiler(backbone, plan.new_tokens)

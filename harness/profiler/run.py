@@ -59,9 +59,8 @@ def plan_of(spec: ProfileSpec) -> Plan:
 def run_profile(spec: ProfileSpec, *, overwrite: bool = False, progress: Progress | None = None) -> Done:
     """Measure every cell of `spec` that its folder does not hold yet, and write the report.
 
-    Raises
-    ------
-    InputError: a model, workload or device that can't be used, or a folder of other settings.
+    Raises:
+        InputError: a model, workload or device that can't be used, or a folder of other settings.
     """
     with few_threads(spec.backbone, spec.threads):
         return _run(spec, overwrite, progress)

@@ -140,10 +140,10 @@ class ProfileSpec(BaseModel):
 class ProfileCell:
     """One line of the table.
 
-    Attributes
-    ----------
-    role: `full`, `limit` (the shorter prompt for nothing: the ideal), or `method`.
-    options: complete, defaults included. digest: names it within the profile, or the sweep's cell.
+    Attributes:
+        role: `full`, `limit` (the shorter prompt for nothing: the ideal), or `method`.
+        options: complete, defaults included.
+        digest: names it within the profile, or the sweep's cell.
     """
 
     role: str

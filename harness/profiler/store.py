@@ -43,9 +43,8 @@ class Profile(NamedTuple):
 class ProfileFolder:
     """Where one profile is written; rows are on disk as soon as they are measured.
 
-    Raises
-    ------
-    InputError: a folder that can't be written.
+    Raises:
+        InputError: a folder that can't be written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -70,13 +69,11 @@ class ProfileFolder:
     def settle(self, about: Mapping[str, Any]) -> dict[str, Any]:
         """Store what every row shares, or check that it is what an earlier call stored.
 
-        Returns
-        -------
-        what is stored: that of the earlier call where there was one.
+        Returns:
+            what is stored: that of the earlier call where there was one.
 
-        Raises
-        ------
-        InputError: the folder holds rows made with other settings.
+        Raises:
+            InputError: the folder holds rows made with other settings.
         """
         new = plain(about)
         old = _about(self.folder)
@@ -138,9 +135,9 @@ def _about(folder: Path) -> dict[str, Any]:
 def load_profile(path: str | Path) -> Profile:
     """Read a profile's folder.
 
-    Raises
-    ------
-    InputError: no such folder, nothing measured in it, or rows of several attention back-ends, which no table may mix.
+    Raises:
+        InputError: no such folder, nothing measured in it, or rows of several attention back-ends, which no table may
+            mix.
     """
     folder = Path(path)
     if not folder.is_dir():

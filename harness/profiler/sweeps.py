@@ -30,13 +30,11 @@ def profile_sweep(
     They are written to `profile/<backbone>-<task>` in the run folder, and each cell's rows to its own
     `profile.parquet`. Of several seeds the first is measured: a seed changes which tokens are kept, not what they cost.
 
-    Parameters
-    ----------
-    measuring: how often everything is run.
+    Args:
+        measuring: how often everything is run.
 
-    Raises
-    ------
-    InputError: a device that can't be used, or an earlier profile with other settings.
+    Raises:
+        InputError: a device that can't be used, or an earlier profile with other settings.
     """
     device = choose_device(spec.device)
     dtype = choose_dtype(spec.dtype, device)

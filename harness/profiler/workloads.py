@@ -32,10 +32,11 @@ class Item:
 class Workload:
     """Prompts that are measured together; round i runs prompt i, from the first again after the last.
 
-    Attributes
-    ----------
-    name: `synthetic-1024`, or the task. tokens: visual tokens of every prompt, None where they differ.
-    items: the prompts. settings: everything that makes it what it is, plain data.
+    Attributes:
+        name: `synthetic-1024`, or the task.
+        tokens: visual tokens of every prompt, None where they differ.
+        items: the prompts.
+        settings: everything that makes it what it is, plain data.
     """
 
     name: str
@@ -47,9 +48,8 @@ class Workload:
 def grid_of(tokens: int) -> tuple[int, int]:
     """The most nearly square (h, w) with h * w == tokens and h <= w.
 
-    Raises
-    ------
-    InputError: fewer than 4 tokens, or a number (a prime, say) whose picture would be too long; names a near one.
+    Raises:
+        InputError: fewer than 4 tokens, or a number (a prime, say) whose picture would be too long; names a near one.
     """
     found = _factors(tokens)
     if found is None:
@@ -74,14 +74,12 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
 def synthetic(processor: Any, tokens: int, seed: int = 0) -> Workload:
     """`QUESTION` about one picture of `tokens` visual tokens, or about as many pictures as have them.
 
-    Parameters
-    ----------
-    processor: a transformers processor. Its image processor takes pictures of any size (patch_size, merge_size), or
-        brings all to one (crop_size): then `tokens` is shared among several pictures.
+    Args:
+        processor: a transformers processor. Its image processor takes pictures of any size (patch_size, merge_size), or
+            brings all to one (crop_size): then `tokens` is shared among several pictures.
 
-    Raises
-    ------
-    InputError: a number of tokens that no picture has, and no number of pictures.
+    Raises:
+        InputError: a number of tokens that no picture has, and no number of pictures.
     """
     front = processor.image_processor
     pictures, media = 1, MediaSettings()
@@ -127,13 +125,12 @@ def documents(
 ) -> Workload:
     """The first `limit` documents of an lmms-eval task; the only workload that needs lmms-eval.
 
-    Parameters
-    ----------
-    protocol: says where media stand in the prompts. most: take only so many of them, evenly spread.
+    Args:
+        protocol: says where media stand in the prompts.
+        most: take only so many of them, evenly spread.
 
-    Raises
-    ------
-    InputError: no such task, no data for it, or lmms-eval is not installed.
+    Raises:
+        InputError: no such task, no data for it, or lmms-eval is not installed.
     """
     try:
         from visionselector_eval.harness.sweep.worker import bound_task, document_requests
@@ -158,13 +155,13 @@ def documents(
 def check_length(config: Any, inputs: Mapping[str, Any], new_tokens: int, what: str) -> None:
     """Refuse a prompt that is longer than the model's positions.
 
-    Parameters
-    ----------
-    config: the LLM's config. inputs: what the processor returned. what: how to call the workload in the message.
+    Args:
+        config: the LLM's config.
+        inputs: what the processor returned.
+        what: how to call the workload in the message.
 
-    Raises
-    ------
-    InputError: the prompt and its answer have more tokens than `max_position_embeddings`.
+    Raises:
+        InputError: the prompt and its answer have more tokens than `max_position_embeddings`.
     """
     most = getattr(config, "max_position_embeddings", None)
     length = int(inputs["input_ids"].shape[1])

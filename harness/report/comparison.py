@@ -84,8 +84,11 @@ def entries_of(cells: pd.DataFrame, samples: pd.DataFrame) -> dict[tuple[str, st
 
 
 def prepared(cells: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """Cells of `load_run` as every table reads them: defaults filled in, one name for each thing, stale cells left out
-    (`notes` gets a line that says so), in an order of its own."""
+    """Cells of `load_run` as every table reads them.
+
+    Defaults are filled in, each thing has one name, stale cells are left out (`notes` gets a line that says so), and
+    the order is fixed.
+    """
     cells = cells.copy()
     for name, default in _DEFAULTS.items():
         if name not in cells.columns:
@@ -193,8 +196,10 @@ def obstacle(entry: Entry, other: Entry | None, name: str = "full") -> str:
 
 
 def paired(entry: Entry, other: Entry) -> stats.Interval | None:
-    """The mean difference of two entries over the same documents, in units of their scores; without an interval where
-    they are too few, None where documents have no scores."""
+    """The mean difference of two entries over the same documents, in units of their scores.
+
+    Without an interval where they are too few, None where documents have no scores.
+    """
     if entry.documents is None or other.documents is None or not entry.documents.index.equals(other.documents.index):
         return None
     clusters = None

@@ -86,10 +86,9 @@ def proportion(right: Sequence[bool], clusters: Sequence[Hashable] | None = None
     and the normal quantile by that of t with a degree of freedom less than clusters (Korn and Graubard). Where every
     document is its own cluster it is the plain interval.
 
-    Parameters
-    ----------
-    right: (n,) whether each document is answered right.
-    clusters: (n,) cluster of each document.
+    Args:
+        right: (n,) whether each document is answered right.
+        clusters: (n,) cluster of each document.
     """
     n = len(right)
     if n == 0:
@@ -122,19 +121,17 @@ def difficulty(cells: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
     else that of the nearest share of visual tokens (a count has the share that was measured; the smaller of two
     equally near).
 
-    Parameters
-    ----------
-    cells, samples: the two tables of `load_run`.
+    Args:
+        cells, samples: the two tables of `load_run`.
 
-    Returns
-    -------
-    One row a finished cell besides `full` and `downsample`, columns `COLUMNS`; the groups' ones end in `_a` and `_b`.
-    Where the split can't be made `note` says why and the numbers are missing. `enough_a` and `enough_b` say whether the
-    group has `MINIMUM` documents, in `MINIMUM_UNITS` clusters. `share_right` is over all scored documents.
+    Returns:
+        One row a finished cell besides `full` and `downsample`, columns `COLUMNS`; the groups' ones end in `_a` and
+        `_b`. Where the split can't be made `note` says why and the numbers are missing. `enough_a` and `enough_b` say
+        whether the group has `MINIMUM` documents, in `MINIMUM_UNITS` clusters. `share_right` is over all scored
+        documents.
 
-    Raises
-    ------
-    InputError: the run has no finished `full` cell, no finished `downsample` cell, or nothing else.
+    Raises:
+        InputError: the run has no finished `full` cell, no finished `downsample` cell, or nothing else.
     """
     cells = prepared(cells, [])
     remarks = backbone_remarks(cells)
@@ -215,8 +212,7 @@ def _unit(group: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> tuple[floa
 def _reference(
     cell: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], by_budget: bool = False
 ) -> Mapping[str, Any] | None:
-    """The cell among `candidates` that `cell` is held against: the nearest budget, then its seed, then its plainest
-    variant."""
+    """The cell among `candidates` to compare `cell` with: nearest budget, then its seed, then plainest variant."""
     fitting = [
         c for c in candidates if c["metric"] == cell["metric"] and len({c["context"], cell["context"]} - {""}) <= 1
     ]
@@ -366,9 +362,8 @@ def _names(rows: pd.DataFrame) -> list[str]:
 def write(run_folder: str | Path) -> pd.DataFrame:
     """Compute the split of a run and write `difficulty.{csv,md}` into its folder.
 
-    Raises
-    ------
-    InputError: no run there, nothing to split it by, or the folder cannot be written to.
+    Raises:
+        InputError: no run there, nothing to split it by, or the folder cannot be written to.
     """
     table = difficulty(*load_run(run_folder))
     run = Run.open(run_folder, create=True)

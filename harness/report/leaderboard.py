@@ -1,5 +1,4 @@
-"""Leaderboards: one row for each method and budget, one column for each task, and what a careful reader
-needs beside it.
+"""Leaderboards: a row for each method and budget, a column for each task, and what a careful reader needs.
 
 `build_leaderboard(cells, samples)` only computes; `write(folder)` reads a run and writes
 `leaderboard.{csv,md,tex,html}`.
@@ -39,11 +38,10 @@ def build_leaderboard(
 ) -> Leaderboard:
     """Compute a leaderboard from the two tables of `load_run`.
 
-    Parameters
-    ----------
-    cells: one row a cell; needs at least backbone, method, budget, task, score.
-    samples: one row a document; without it (or with no rows) there are no intervals.
-    environment: what the run ran on, for the footer.
+    Args:
+        cells: one row a cell; needs at least backbone, method, budget, task, score.
+        samples: one row a document; without it (or with no rows) there are no intervals.
+        environment: what the run ran on, for the footer.
     """
     notes: list[str] = []
     cells = prepared(cells, notes)
@@ -96,8 +94,7 @@ def _findings(interval: stats.Interval) -> dict[str, Any]:
 
 
 def _relative_points(entry: Entry, other: Entry, full: Entry) -> stats.Interval | None:
-    """The paired difference of two entries in points of relative %, positive where `entry` is the better
-    one."""
+    """The paired difference of two entries in points of relative %, positive where `entry` is better."""
     interval = paired(entry, other)
     if interval is None or full.documents is None:
         return None
@@ -217,8 +214,10 @@ def _summary_row(
 def _row_interval(
     row: Mapping[str, Entry], other: Mapping[str, Entry], full: Mapping[str, Entry], tasks: Sequence[str]
 ) -> stats.Interval | None:
-    """The difference of two rows' mean relative % over `tasks`; without an interval where one of them has too few
-    documents, None unless the documents of every one have scores."""
+    """The difference of two rows' mean relative % over `tasks`.
+
+    Without an interval where one of them has too few documents, None unless the documents of every one have scores.
+    """
     parts = [_relative_points(row[task], other[task], full[task]) for task in tasks]
     if not parts or any(part is None for part in parts):
         return None
@@ -305,9 +304,8 @@ def _problems(backbone: str, own: Mapping[tuple[str, str, str], Mapping[str, Ent
 def write(run_folder: str | Path) -> Leaderboard:
     """Build the leaderboard of a run and write `leaderboard.{csv,md,tex,html}` into its folder.
 
-    Raises
-    ------
-    InputError: no run there, no recorded cell in it, or the folder cannot be written to.
+    Raises:
+        InputError: no run there, no recorded cell in it, or the folder cannot be written to.
     """
     cells, samples = load_run(run_folder)
     run = Run.open(run_folder, create=True)

@@ -44,23 +44,20 @@ def against(
 ) -> pd.DataFrame:
     """The difference of every row of a run to one of its rows.
 
-    Parameters
-    ----------
-    cells, samples: the two tables of `load_run`.
-    reference: `LABEL` as in the leaderboard, for the row of that label at each budget, or `LABEL@BUDGET`, for one row
-        that all budgets are held against. `full` needs no budget.
-    reference_backbone: whose row, where rows of one backbone are to be held against one of another. Where not given,
-        each backbone's own.
+    Args:
+        cells, samples: the two tables of `load_run`.
+        reference: `LABEL` as in the leaderboard, for the row of that label at each budget, or `LABEL@BUDGET`, for one
+            row that all budgets are held against. `full` needs no budget.
+        reference_backbone: whose row, where rows of one backbone are to be held against one of another. Where not
+            given, each backbone's own.
 
-    Returns
-    -------
-    One row for each (backbone, label, budget, task) and one more with task "mean"; columns `COLUMNS`, differences in
-    points (nan where two entries can't be compared, and `note` says why), units the documents or clusters of them,
-    and `backbone_remark`.
+    Returns:
+        One row for each (backbone, label, budget, task) and one more with task "mean"; columns `COLUMNS`, differences
+        in points (nan where two entries can't be compared, and `note` says why), units the documents or clusters of
+        them, and `backbone_remark`.
 
-    Raises
-    ------
-    InputError: no such row, or a budget that can't be read.
+    Raises:
+        InputError: no such row, or a budget that can't be read.
     """
     cells = prepared(cells, [])
     remarks = backbone_remarks(cells)
@@ -147,9 +144,8 @@ def _row(key: tuple[str, str, str, str], interval: stats.Interval | None, note: 
 def write(folder: str | Path, reference: str, reference_backbone: str | None = None) -> str:
     """Write `against.md` and `against.csv` into a run folder; the text for a terminal.
 
-    Raises
-    ------
-    InputError: as `against`, and where the folder holds no run.
+    Raises:
+        InputError: as `against`, and where the folder holds no run.
     """
     table = against(*load_run(folder), reference, reference_backbone)
     run = Run.open(folder, create=True)

@@ -76,9 +76,8 @@ COLUMNS = tuple(_Number.model_fields)
 def load_published(folder: str | Path = FOLDER) -> pd.DataFrame:
     """Every published number, in the order of the files: `COLUMNS` and `number`, the value as a float.
 
-    Raises
-    ------
-    InputError: no such folder, or a file in it that is not as its README says; the line is named.
+    Raises:
+        InputError: no such folder, or a file in it that is not as its README says; the line is named.
     """
     folder = Path(folder)
     files = sorted(folder.glob("*.csv"))
@@ -135,9 +134,8 @@ def _checked(row: Mapping[str, Any], place: str) -> _Number:
 def aliases(folder: str | Path = FOLDER) -> dict[str, list[str]]:
     """What the last part of a backbone's id may be, in small letters, for each backbone of the tables.
 
-    Raises
-    ------
-    InputError: `backbones.yaml` is missing or no mapping of names to lists.
+    Raises:
+        InputError: `backbones.yaml` is missing or no mapping of names to lists.
     """
     file = Path(folder) / "backbones.yaml"
     try:
@@ -160,9 +158,8 @@ def chosen(
 ) -> pd.DataFrame:
     """The rows of one backbone (a name or an id), method or task.
 
-    Raises
-    ------
-    InputError: no number of those that are left has that name (with the near match).
+    Raises:
+        InputError: no number of those that are left has that name (with the near match).
     """
     if backbone is not None:
         backbone = backbone_named(backbone, aliases()) or backbone
@@ -194,9 +191,8 @@ def beside(numbers: pd.DataFrame, cells: pd.DataFrame, names: Mapping[str, Seque
 def render(numbers: pd.DataFrame, style: str = "simple") -> str:
     """A table for each source and backbone: methods and what they keep below, tasks beside, and what to know of them.
 
-    Parameters
-    ----------
-    style: a table format of tabulate; with "github" the titles are headings.
+    Args:
+        style: a table format of tabulate; with "github" the titles are headings.
     """
     parts = []
     for (source, place, certainty, backbone), rows in numbers.groupby(_TABLE, sort=False):
@@ -235,9 +231,8 @@ def _about(group: Sequence[Mapping[Any, Any]], rows: pd.DataFrame) -> str:
 def _grid(rows: pd.DataFrame, style: str, remarks: list[str]) -> list[str]:
     """Methods and what they keep below, tasks beside; a remark's number stands where all that it is about does.
 
-    Parameters
-    ----------
-    remarks: the reasons in `differs`, by their number from 1.
+    Args:
+        remarks: the reasons in `differs`, by their number from 1.
     """
     records = rows.to_dict("records")
     for row in records:
@@ -283,9 +278,8 @@ def _grid(rows: pd.DataFrame, style: str, remarks: list[str]) -> list[str]:
 def write(run_folder: str | Path) -> str:
     """Published numbers for what a run measured, as text for the terminal; also written to its `published.md`.
 
-    Raises
-    ------
-    InputError: no run there, or the folder cannot be written to.
+    Raises:
+        InputError: no run there, or the folder cannot be written to.
     """
     found = beside(load_published(), load_run(run_folder).cells, aliases())
     run = Run.open(run_folder, create=True)

@@ -40,16 +40,14 @@ _LEGEND = (
 class Leaderboard:
     """A leaderboard as tables and, by its methods, as text.
 
-    Attributes
-    ----------
-    tidy: one row for each (backbone, label, budget, task), numbers; tasks without a result have status
-    "missing".
-    summary: one row for each (backbone, label, budget), numbers, in the order shown.
-    display: the same rows as text, one column a task.
-    tasks: one row for each (backbone, task): metric, direction, largest score, documents.
-    notes: remarks on this run (failed cells, cells left out, ...), one line each.
-    environment: what the run ran on.
-    remarks: what is said beside a backbone's name ("LLM retrained"), for those that have such a remark.
+    Attributes:
+        tidy: one row for each (backbone, label, budget, task), numbers; tasks without a result have status "missing".
+        summary: one row for each (backbone, label, budget), numbers, in the order shown.
+        display: the same rows as text, one column a task.
+        tasks: one row for each (backbone, task): metric, direction, largest score, documents.
+        notes: remarks on this run (failed cells, cells left out, ...), one line each.
+        environment: what the run ran on.
+        remarks: what is said beside a backbone's name ("LLM retrained"), for those that have such a remark.
     """
 
     tidy: pd.DataFrame
@@ -84,8 +82,7 @@ class Leaderboard:
         return "\n".join(parts) + "\n"
 
     def to_csv(self) -> str:
-        """Plain CSV: the numbers of `summary`, then four columns a task, then the environment, the same in
-        every row."""
+        """Plain CSV: the numbers of `summary`, four columns a task, then the environment, the same in every row."""
         return self._wide().to_csv(index=False, float_format="%.10g", lineterminator="\n")
 
     def to_latex(self) -> str:
@@ -121,8 +118,7 @@ class Leaderboard:
         return _PAGE.replace("@BODY@", "\n".join(body)).replace("@NOTES@", notes)
 
     def to_terminal(self, width: int | None = None) -> str:
-        """A plain table; with `width`, the task columns are spread over several tables where one would not
-        fit."""
+        """A plain table; with `width`, task columns are spread over several tables where one would not fit."""
         parts = []
         for backbone, table in self._by_backbone():
             parts += [self.title(backbone), "", *_terminal_tables(table, width), ""]
@@ -233,8 +229,7 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _kept_text(row: Mapping[str, Any]) -> str:
-    """Kept tokens; beside them the average over the layers where tokens are dropped inside the LLM: equal K is not
-    equal cost."""
+    """Kept tokens; where tokens are dropped inside the LLM the average over layers, since equal K is not equal cost."""
     if not math.isfinite(row["kept_tokens"]):
         return "-"
     text = f"{row['kept_tokens']:.1f}"

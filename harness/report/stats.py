@@ -29,16 +29,14 @@ _SIGN_TEST_MINIMUM = 6  # 2 * 0.5**5 > 0.05: with fewer units no sign test can r
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A difference with its confidence interval; `low` and `high` are nan where there is nothing to estimate
-    from.
+    """A difference with its confidence interval; `low` and `high` are nan where nothing can be estimated.
 
-    Attributes
-    ----------
-    difference: the estimate.
-    low, high: the interval.
-    se: standard error.
-    units: number of independent units: documents, or clusters of documents.
-    df: degrees of freedom.
+    Attributes:
+        difference: the estimate.
+        low, high: the interval.
+        se: standard error.
+        units: number of independent units: documents, or clusters of documents.
+        df: degrees of freedom.
     """
 
     difference: float
@@ -65,11 +63,10 @@ def paired_difference(
     Where all differences are the same non-zero number the formula's interval has no width. It is kept from six units
     on; below that it is widened to 0, since no sign test could reject with so few.
 
-    Parameters
-    ----------
-    scores, base: (n,) scores of the same documents in the same order.
-    clusters: (n,) cluster of each document.
-    level: coverage.
+    Args:
+        scores, base: (n,) scores of the same documents in the same order.
+        clusters: (n,) cluster of each document.
+        level: coverage.
     """
     a, b = np.asarray(scores, dtype=np.float64), np.asarray(base, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1:
@@ -138,8 +135,7 @@ def distinguishable(interval: Interval) -> bool:
 
 
 def relative(score: float, full: float, higher_is_better: bool = True) -> float:
-    """Per cent of the full model's score that is left: 100 * score / full, or 100 * full / score where less
-    is better.
+    """Per cent of the full model's score: 100 * score / full, or 100 * full / score where less is better.
 
     nan where that has no meaning: a full score of 0 or below (nothing to be relative to), or a denominator
     of 0.
@@ -196,8 +192,7 @@ def t_quantile(p: float, df: float) -> float:
 
 
 def _upper_tail(t: float, df: float) -> float:
-    """P(T > t) for t >= 0: half the regularised incomplete beta function I_x(df/2, 1/2) at x = df / (df +
-    t^2)."""
+    """P(T > t), t >= 0: half the regularised incomplete beta function I_x(df/2, 1/2), x = df / (df + t^2)."""
     if t == 0:
         return 0.5
     x, rest = df / (df + t * t), t * t / (df + t * t)

@@ -22,12 +22,11 @@ _EPSILON = 1e-9
 class Tolerance:
     """How far a run may move.
 
-    Attributes
-    ----------
-    score: in shares of the metric's largest value (0.01: one point of 100).
-    kept: in tokens, for the means of kept and of all visual tokens.
-    answers: share of all answers that may differ; None: none, or `OTHER_TORCH_SHARE` where another torch made the
-        expectation.
+    Attributes:
+        score: in shares of the metric's largest value (0.01: one point of 100).
+        kept: in tokens, for the means of kept and of all visual tokens.
+        answers: share of all answers that may differ; None: none, or `OTHER_TORCH_SHARE` where another torch made the
+            expectation.
     """
 
     score: float = 0.0
@@ -39,10 +38,11 @@ class Tolerance:
 class Outcome:
     """A finished smoke run.
 
-    Attributes
-    ----------
-    observed: what came, in the form of the expectation. failed: reasons of failed cells, by title.
-    tasks, seconds: of every cell, by title. wall_seconds: of the whole run.
+    Attributes:
+        observed: what came, in the form of the expectation.
+        failed: reasons of failed cells, by title.
+        tasks, seconds: of every cell, by title.
+        wall_seconds: of the whole run.
     """
 
     observed: Expectation
@@ -56,11 +56,12 @@ class Outcome:
 class Comparison:
     """What moved.
 
-    Attributes
-    ----------
-    moved: lines that say what was expected and what came, by the cell's title; cells as expected are not in it.
-    remarks: what else is not as it was when the expectation was made; no difference by itself.
-    answers: number of answers compared. differing: how many differ. allowed: the share that may.
+    Attributes:
+        moved: lines that say what was expected and what came, by the cell's title; cells as expected are not in it.
+        remarks: what else is not as it was when the expectation was made; no difference by itself.
+        answers: number of answers compared.
+        differing: how many differ.
+        allowed: the share that may.
     """
 
     moved: Mapping[str, list[str]]

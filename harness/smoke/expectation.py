@@ -120,9 +120,8 @@ class Expectation(_Strict):
 def read(path: Path) -> Expectation:
     """The expectation in a file.
 
-    Raises
-    ------
-    InputError: missing, or not what `smoke --update` writes.
+    Raises:
+        InputError: missing, or not what `smoke --update` writes.
     """
     try:
         return Expectation.model_validate_json(path.read_bytes())

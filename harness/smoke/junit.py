@@ -14,9 +14,8 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 def to_junit(outcome: Outcome, comparison: Comparison | None) -> str:
     """A JUnit report with a test case for each cell: a failure where it moved, an error where it failed.
 
-    Parameters
-    ----------
-    comparison: None where nothing was compared (`--update`).
+    Args:
+        comparison: None where nothing was compared (`--update`).
     """
     moved = dict(comparison.moved) if comparison else {title: [reason] for title, reason in outcome.failed.items()}
     titles = [*dict.fromkeys([*outcome.tasks, *moved])]

@@ -42,14 +42,13 @@ _PACKAGES = ("visionselector-eval", "lmms-eval", "torch", "transformers")
 def spec_of(given: Mapping[str, Any], expected: Settings | None = None) -> tuple[SweepSpec, Settings]:
     """The sweep to run, and its settings.
 
-    Parameters
-    ----------
-    given: fields of `SweepSpec` that were asked for; they win over those of the expectation, and these over `DEFAULTS`.
-    expected: the settings of the expectation, if there is one.
+    Args:
+        given: fields of `SweepSpec` that were asked for; they win over those of the expectation, and these over
+            `DEFAULTS`.
+        expected: the settings of the expectation, if there is one.
 
-    Raises
-    ------
-    InputError: a setting that can't be used.
+    Raises:
+        InputError: a setting that can't be used.
     """
     fields = dict(DEFAULTS)  # tasks have no default: the suite's
     if expected is not None:
@@ -75,10 +74,9 @@ def observe(
 ) -> Outcome:
     """Run the sweep afresh and note what came.
 
-    Parameters
-    ----------
-    folder: run folder; None for one that is thrown away. Cells of this sweep that it holds are run again: they may come
-        from other code of the same version.
+    Args:
+        folder: run folder; None for one that is thrown away. Cells of this sweep that it holds are run again: they may
+            come from other code of the same version.
     """
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
@@ -181,9 +179,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def tolerance_of(score: float, kept: float, answers: str | None) -> Tolerance:
     """A tolerance from what the command line says; `answers` is exact, ignore, or a share (0.05, 5%).
 
-    Raises
-    ------
-    InputError: a value that is none.
+    Raises:
+        InputError: a value that is none.
     """
     for flag, value in (("--score-tolerance", score), ("--kept-tolerance", kept)):
         if not 0 <= value < math.inf:
@@ -222,16 +219,16 @@ def smoke(
 ) -> Report:
     """Run, compare or store, report.
 
-    Parameters
-    ----------
-    given: fields of `SweepSpec` that were asked for.
-    expect: the expectation file. update: write it instead of comparing with it.
-    junit: file for a JUnit report. output: run folder to keep.
+    Args:
+        given: fields of `SweepSpec` that were asked for.
+        expect: the expectation file.
+        update: write it instead of comparing with it.
+        junit: file for a JUnit report.
+        output: run folder to keep.
 
-    Raises
-    ------
-    InputError: settings that can't be used, an expectation that is missing, unreadable or made with other settings, or
-        a file that can't be written.
+    Raises:
+        InputError: settings that can't be used, an expectation that is missing, unreadable or made with other settings,
+            or a file that can't be written.
     """
     path = Path(expect)
     expected = None if update and not path.exists() else read(path)

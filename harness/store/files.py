@@ -16,10 +16,8 @@ from visionselector_eval.baselines.contract.budget import Budget
 def plain(value: Any) -> Any:
     """`value` as JSON can hold it exactly: mappings with text keys, lists, text, numbers, booleans, None.
 
-    Raises
-    ------
-    TypeError: for anything whose text might differ between two processes (objects), instead of hashing its
-    address.
+    Raises:
+        TypeError: for anything whose text might differ between two processes (objects), instead of hashing its address.
     """
     if value is None or isinstance(value, bool | str):
         return str(value) if isinstance(value, str) else value
@@ -46,9 +44,8 @@ def plain(value: Any) -> Any:
 def canonical_json(value: Any) -> str:
     """One text for one value: sorted keys, no spaces, ASCII, floats by `repr` (so 1 and 1.0 differ).
 
-    Raises
-    ------
-    TypeError: for what is not plain data. ValueError: for nan and infinities.
+    Raises:
+        TypeError: for what is not plain data. ValueError: for nan and infinities.
     """
     return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 

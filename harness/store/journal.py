@@ -29,10 +29,9 @@ class Journal:
     def append(self, batch: int, answers: Sequence[Mapping[str, Any]]) -> None:
         """Add one batch; on return it is on disk.
 
-        Parameters
-        ----------
-        batch: the batch's number in the cell's plan.
-        answers: one mapping of plain data for each document of the batch.
+        Args:
+            batch: the batch's number in the cell's plan.
+            answers: one mapping of plain data for each document of the batch.
         """
         entry = {"batch": int(batch), "answers": [plain(answer) for answer in answers]}
         # nan is allowed here, unlike in digests: an answer's own numbers (probabilities) come back as they

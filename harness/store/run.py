@@ -41,14 +41,12 @@ class Run:
     def open(cls, folder: str | Path, *, create: bool) -> Run:
         """The run in `folder`.
 
-        Parameters
-        ----------
-        create: make the folder where it is missing and make sure that it can be written to; otherwise it
-        must exist.
+        Args:
+            create: make the folder where it is missing and make sure that it can be written to; otherwise it must
+                exist.
 
-        Raises
-        ------
-        InputError: missing (without `create`), not a folder, or not writable (with it).
+        Raises:
+            InputError: missing (without `create`), not a folder, or not writable (with it).
         """
         run = cls(Path(folder))
         if not create:
@@ -71,9 +69,8 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Keeps a second writer out while inside; a killed process leaves no lock behind.
 
-        Raises
-        ------
-        InputError: another process is writing this run.
+        Raises:
+            InputError: another process is writing this run.
         """
         try:
             import fcntl
@@ -147,8 +144,7 @@ class Run:
         return record
 
     def is_done(self, digest: str) -> bool:
-        """Whether the cell is finished: valid record, status "done", samples present with the recorded
-        number of rows."""
+        """Whether the cell is finished: valid record, status "done", samples with the recorded number of rows."""
         record = self._record(digest)
         return record is not None and record.status == "done" and self._complete(record)
 
@@ -169,15 +165,12 @@ class Run:
     def finish(self, digest: str, record: CellRecord, samples: pd.DataFrame) -> None:
         """Store a finished cell: samples first, the record last, then the journal is removed.
 
-        Parameters
-        ----------
-        samples: one row a document with at least `SAMPLE_COLUMNS`. Answers and targets that are not text are
-        stored
-            as JSON text. Columns of `IDENTITY` are not stored: they come from the record.
+        Args:
+            samples: one row a document with at least `SAMPLE_COLUMNS`. Answers and targets that are not text are stored
+                as JSON text. Columns of `IDENTITY` are not stored: they come from the record.
 
-        Raises
-        ------
-        ValueError: the record is of another cell, or does not fit the samples.
+        Raises:
+            ValueError: the record is of another cell, or does not fit the samples.
         """
         if record.digest != digest:
             raise ValueError(f"a record of {record.digest} was given for cell {digest}")
@@ -211,8 +204,7 @@ class Run:
         write_atomic(self._cell(record.digest) / "cell.json", text + "\n")
 
     def remove(self, digest: str) -> None:
-        """Forget a cell, finished or not. Its record goes first, so that a kill in between leaves no half
-        cell counted."""
+        """Forget a cell, finished or not; its record goes first, so that a kill leaves no half cell counted."""
         folder = self._cell(digest)
         (folder / "cell.json").unlink(missing_ok=True)
         if folder.exists():
@@ -256,11 +248,9 @@ def _storable(samples: pd.DataFrame) -> pd.DataFrame:
 class RunFrames(NamedTuple):
     """A run as two tables.
 
-    Attributes
-    ----------
-    cells: one row a cell: every field of `CellRecord`; `options`, `metrics` and `settings` as canonical JSON
-    text.
-    samples: one row a document of a finished cell: `IDENTITY`, then the columns of its samples.
+    Attributes:
+        cells: one row a cell: every field of `CellRecord`; `options`, `metrics` and `settings` as canonical JSON text.
+        samples: one row a document of a finished cell: `IDENTITY`, then the columns of its samples.
     """
 
     cells: pd.DataFrame
@@ -268,13 +258,12 @@ class RunFrames(NamedTuple):
 
 
 def load_run(path: str | Path) -> RunFrames:
-    """Read a run folder: `cells, samples = load_run("runs/mine")`.
+    """Read a run folder as two tables: cells and samples.
 
     A cell whose record says "done" but whose samples are missing or short counts as failed.
 
-    Raises
-    ------
-    InputError: there is no such folder, or no recorded cell in it.
+    Raises:
+        InputError: there is no such folder, or no recorded cell in it.
     """
     run = Run.open(path, create=False)
     rows: list[dict[str, Any]] = []

@@ -74,10 +74,9 @@ class Plan:
 def plan(spec: SweepSpec, run: Run | None, device: str) -> Plan:
     """Which cells there are, how they share work, and which are done in `run`; `device` is what `auto` came to.
 
-    Raises
-    ------
-    InputError: a backbone that can't be found, a device or option that can't be used, a task that does not exist, or no
-        task that can be loaded (one of several that can't be makes its cells fail).
+    Raises:
+        InputError: a backbone that can't be found, a device or option that can't be used, a task that does not exist,
+            or no task that can be loaded (one of several that can't be makes its cells fail).
     """
     dtype = choose_dtype(spec.dtype, device)
     attention = choose_attention(spec.attn_implementation, device, dtype)

@@ -78,16 +78,16 @@ def run_sweep(
 ) -> tuple[Run, SweepResult]:
     """Answer and score every cell of `spec` that its run folder does not hold yet.
 
-    Parameters
-    ----------
-    engine: where units run. overwrite: forget the cells of this spec first (otherwise only what is missing is run).
-    replace_stale: forget only those cells of the folder that were made with other settings than this sweep's, such as
-        another version or other weights, instead of refusing to go on.
-    progress: is told what happens. answer: what a worker does with a unit.
+    Args:
+        engine: where units run.
+        overwrite: forget the cells of this spec first (otherwise only what is missing is run).
+        replace_stale: forget only those cells of the folder that were made with other settings than this sweep's, such
+            as another version or other weights, instead of refusing to go on.
+        progress: is told what happens.
+        answer: what a worker does with a unit.
 
-    Raises
-    ------
-    InputError: a spec that can't be run at all, or a run folder that holds cells made with other settings.
+    Raises:
+        InputError: a spec that can't be run at all, or a run folder that holds cells made with other settings.
     """
     progress = progress or Progress()
     run = Run.open(spec.folder(), create=True)
@@ -130,13 +130,11 @@ def _preflight(engine: Engine, units: Sequence[Unit], backbones: int) -> None:
     One backbone of the sweep that takes them all is enough, or one with nothing left to do: the cells of the others
     fail by themselves, so which backbone is named first does not matter.
 
-    Parameters
-    ----------
-    backbones: how many the sweep has.
+    Args:
+        backbones: how many the sweep has.
 
-    Raises
-    ------
-    InputError: every backbone of the sweep is tried, and none is usable with all methods.
+    Raises:
+        InputError: every backbone of the sweep is tried, and none is usable with all methods.
     """
     firsts: dict[str, Unit] = {}
     for unit in units:
@@ -321,13 +319,12 @@ def _settle_earlier_cells(run: Run, planned: Plan, overwrite: bool, replace_stal
     With `replace_stale` the finished ones of other settings go, too, and so do cells elsewhere in the grid (a method
     that is no longer asked for) that were made under other settings of the whole sweep.
 
-    Returns
-    -------
-    whether any was removed.
+    Returns:
+        whether any was removed.
 
-    Raises
-    ------
-    InputError: a finished cell was made with other settings, and neither `overwrite` nor `replace_stale` was asked for.
+    Raises:
+        InputError: a finished cell was made with other settings, and neither `overwrite` nor `replace_stale` was asked
+            for.
     """
     wanted = {
         _place(

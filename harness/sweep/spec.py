@@ -301,9 +301,8 @@ def cells_of(spec: SweepSpec) -> list[CellSpec]:
 def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> SweepSpec:
     """Read a spec from YAML; `overrides` (from flags) win.
 
-    Raises
-    ------
-    InputError: missing file, YAML that can't be parsed, unknown field (with the nearest existing one), wrong value.
+    Raises:
+        InputError: missing file, YAML that can't be parsed, unknown field (with the nearest existing one), wrong value.
     """
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

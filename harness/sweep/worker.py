@@ -51,12 +51,15 @@ class Work:
 class Unit:
     """Cells that share a backbone, a task and pixel settings; plain data.
 
-    Attributes
-    ----------
-    pretrained, revision, device, dtype, attn_implementation: as for `load_backbone`.
-    media: fields of `MediaSettings`. protocol: the one that says how a task is asked. task, base_model, limit: as for
-        `tasks.binding.bind`. generation: over the task's own generation settings. batch_size: documents at once.
-    on_bad_document: "fail" the cell, or "skip" the document. data_root: as for `tasks.binding.bind`.
+    Attributes:
+        pretrained, revision, device, dtype, attn_implementation: as for `load_backbone`.
+        media: fields of `MediaSettings`.
+        protocol: the one that says how a task is asked.
+        task, base_model, limit: as for `tasks.binding.bind`.
+        generation: over the task's own generation settings.
+        batch_size: documents at once.
+        on_bad_document: "fail" the cell, or "skip" the document.
+        data_root: as for `tasks.binding.bind`.
     """
 
     pretrained: str
@@ -126,9 +129,8 @@ def bound_task(
 def bind_compressor(work: Work, backbone: Backbone) -> Setting:
     """The compressor of a cell, bound to the backbone, at its budget.
 
-    Raises
-    ------
-    InputError: a method that does not fit the backbone (no scorer weights, another width).
+    Raises:
+        InputError: a method that does not fit the backbone (no scorer weights, another width).
     """
     return Setting(backbone.bind(build(work.method, **work.options)), parse_budget(work.budget), work.seed)
 
@@ -138,9 +140,9 @@ def document_requests(
 ) -> list[tuple[Document, Request]]:
     """Every document of a task as a request, in upstream's order.
 
-    Parameters
-    ----------
-    generation: goes over the settings of the task and of the protocol. protocol: how the task is asked.
+    Args:
+        generation: goes over the settings of the task and of the protocol.
+        protocol: how the task is asked.
     """
 
     def messages(asked: binding.DocRequest) -> list[dict[str, Any]]:
@@ -165,8 +167,11 @@ def document_requests(
 
 
 def batches_of(requests: list[tuple[Document, Request]], size: int) -> list[list[tuple[Document, Request]]]:
-    """Batches of documents with equal generation settings. They depend on nothing but the documents and `size`, so that
-    a resumed cell is answered in the same batches, and so with the same rounding, as an undisturbed one."""
+    """Batches of documents with equal generation settings.
+
+    They depend on nothing but the documents and `size`, so that a resumed cell is answered in the same batches, and so
+    with the same rounding, as an undisturbed one.
+    """
     batches = []
     for _, run in groupby(requests, key=lambda r: sorted(generation_arguments(r[1].generation).items(), key=str)):
         group = list(run)
@@ -177,13 +182,11 @@ def batches_of(requests: list[tuple[Document, Request]], size: int) -> list[list
 def answer_unit(unit: Unit) -> Iterator[Event]:
     """Answer what is left of every cell of `unit`, batch by batch.
 
-    Yields
-    ------
-    `Answered` as soon as a cell has answered a batch; `Failed` once for a cell that can't go on (the rest goes on).
+    Yields:
+        `Answered` as soon as a cell has answered a batch; `Failed` once for a cell that can't go on (the rest goes on).
 
-    Raises
-    ------
-    InputError: the backbone or the task can't be loaded.
+    Raises:
+        InputError: the backbone or the task can't be loaded.
     """
     with _threads_for(unit.pretrained):
         yield from _answer_unit(unit)
@@ -251,9 +254,8 @@ def _prepare(
 ) -> tuple[PreparedBatch | None, dict[Document, str]]:
     """A batch, prepared, and the documents that had to be left out of it with the reason.
 
-    Raises
-    ------
-    InputError: a document that can't be read, named, unless it is to be skipped.
+    Raises:
+        InputError: a document that can't be read, named, unless it is to be skipped.
     """
     try:
         return answerer.prepare([request for _, request in asked], settings), {}

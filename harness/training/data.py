@@ -47,9 +47,11 @@ class SourceReport:
 class CambrianReport:
     """What `prepare_cambrian` did.
 
-    Attributes
-    ----------
-    folder: with the files. sources: by name. other: records of other subsets. damaged: lines that are no record.
+    Attributes:
+        folder: with the files.
+        sources: by name.
+        other: records of other subsets.
+        damaged: lines that are no record.
     """
 
     folder: Path
@@ -96,13 +98,12 @@ def prepare_cambrian(
     `round(coco_share * n)`, in the order of the file. Records whose picture is not there are left out and listed in
     missing.jsonl; report.json counts everything.
 
-    Parameters
-    ----------
-    image_root: folder that the records' image paths start from. advance: told of bytes read.
+    Args:
+        image_root: folder that the records' image paths start from.
+        advance: told of bytes read.
 
-    Raises
-    ------
-    InputError: a file or folder that can't be used, a share outside (0, 1].
+    Raises:
+        InputError: a file or folder that can't be used, a share outside (0, 1].
     """
     source, root, folder = Path(file), Path(image_root), Path(output)
     if not source.is_file():
@@ -241,15 +242,15 @@ def write_mirrors(
     Writes train.jsonl, shuffled, and the pictures (PNG) and clips (MP4) beside it. No picture that a sweep shows is
     among them: another seed draws others, and one that is equal all the same is left out.
 
-    Parameters
-    ----------
-    tasks: names such as tiny_docvqa_val. seed: not the evaluation's, which is 0. documents: of each task, an even
-        number where they come in pairs. base_model: lmms-eval's name of the model whose prompts are used.
-    advance: told of documents written.
+    Args:
+        tasks: names such as tiny_docvqa_val.
+        seed: not the evaluation's, which is 0.
+        documents: of each task, an even number where they come in pairs.
+        base_model: lmms-eval's name of the model whose prompts are used.
+        advance: told of documents written.
 
-    Raises
-    ------
-    InputError: an unknown task, the evaluation's seed, a folder that is not empty.
+    Raises:
+        InputError: an unknown task, the evaluation's seed, a folder that is not empty.
     """
     from visionselector_eval.tasks.tiny import EVALUATION_SEED, mirror
 

@@ -63,9 +63,8 @@ def shown_default(field: Any) -> str:
 def spec_of(arguments: argparse.Namespace) -> Any:
     """The checked spec that flags and a YAML file make together.
 
-    Raises
-    ------
-    InputError: an unknown kind, a flag of the other kind, a value that can't be used.
+    Raises:
+        InputError: an unknown kind, a flag of the other kind, a value that can't be used.
     """
     if arguments.what not in KINDS:
         raise unknown("training", arguments.what, KINDS)

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 class Family:
     """Checkpoints of one `config.model_type`.
 
-    Attributes
-    ----------
-    adapter: "module:Class".
-    lmms_eval: lmms-eval's name of the unmodified model, which chooses the wording of its prompts.
-    protocol: how it is asked where nothing else is said (`models.protocols`), by every command.
+    Attributes:
+        adapter: "module:Class".
+        lmms_eval: lmms-eval's name of the unmodified model, which chooses the wording of its prompts.
+        protocol: how it is asked where nothing else is said (`models.protocols`), by every command.
     """
 
     adapter: str

@@ -38,18 +38,17 @@ ALL_TRACES = frozenset(field.name for field in fields(EncoderTrace))
 class PrefillOutput:
     """What one prefill saw and gave.
 
-    Attributes
-    ----------
-    kept: for each sample the visual indices that reached the last layer, ascending, CPU; 0 is the first visual token of
-        that prompt.
-    totals: for each sample its visual tokens before compression.
-    scores: for each sample (N,) or None: the compressor's scores, for pictures.
-    position_ids: (3, B, S') int64 ((B, S') for backbones with 1-D positions); 0 on padding. S' is the last layer's.
-    attention_mask: (B, S') int64, 0 on (left) padding.
-    hidden: (B, S', D) after the final norm.
-    logits: (B, vocab) float32 at the last prompt position.
-    layer_lengths: tokens entering each LLM layer, the largest of the batch.
-    layer_tokens: for each sample its visual tokens, averaged over the layers: what to compare methods at.
+    Attributes:
+        kept: for each sample the visual indices that reached the last layer, ascending, CPU; 0 is the first visual
+            token of that prompt.
+        totals: for each sample its visual tokens before compression.
+        scores: for each sample (N,) or None: the compressor's scores, for pictures.
+        position_ids: (3, B, S') int64 ((B, S') for backbones with 1-D positions); 0 on padding. S' is the last layer's.
+        attention_mask: (B, S') int64, 0 on (left) padding.
+        hidden: (B, S', D) after the final norm.
+        logits: (B, vocab) float32 at the last prompt position.
+        layer_lengths: tokens entering each LLM layer, the largest of the batch.
+        layer_tokens: for each sample its visual tokens, averaged over the layers: what to compare methods at.
     """
 
     kept: list[LongTensor]
@@ -83,12 +82,11 @@ class Foreign(Protocol):
 class Backbone(ABC):
     """A loaded multimodal LLM behind one interface; model classes are used as they are, through public modules.
 
-    Attributes
-    ----------
-    id: path or hub id it was loaded from.
-    revision: hub commit, or a hash of the folder's files.
-    model, processor: the transformers objects.
-    host: what compressors may know of it.
+    Attributes:
+        id: path or hub id it was loaded from.
+        revision: hub commit, or a hash of the folder's files.
+        model, processor: the transformers objects.
+        host: what compressors may know of it.
     """
 
     model_class: ClassVar[Any]  # the transformers class that `load_backbone` loads the weights with
@@ -116,10 +114,12 @@ class Backbone(ABC):
     ) -> Foreign | None:
         """A checkpoint in a layout that is not transformers', made readable; None for one that is.
 
-        Parameters
-        ----------
-        source: as the user wrote it. located: folder or hub id. revision: on the hub. raw: fields of its config.json.
-        learned: whether a tensor of this name is a learned method's, which goes beside the backbone.
+        Args:
+            source: as the user wrote it.
+            located: folder or hub id.
+            revision: on the hub.
+            raw: fields of its config.json.
+            learned: whether a tensor of this name is a learned method's, which goes beside the backbone.
         """
         return None
 
@@ -129,11 +129,10 @@ class Backbone(ABC):
     def encode(self, inputs: Mapping[str, Any], needs: frozenset[str] = ALL_TRACES) -> Encoded:
         """Run the vision encoder once for a batch; the result serves any number of compressors and budgets.
 
-        Parameters
-        ----------
-        inputs: what the processor returned.
-        needs: what compressors may ask for later, as in `Compressor.needs`; what this encoder can't tell is left out.
-            Capturing it costs memory for one block's input; it is computed at first use.
+        Args:
+            inputs: what the processor returned.
+            needs: what compressors may ask for later, as in `Compressor.needs`; what this encoder can't tell is left
+                out. Capturing it costs memory for one block's input; it is computed at first use.
         """
 
     @abstractmethod
@@ -201,9 +200,9 @@ class Backbone(ABC):
     def question(self, ids: Tensor, mask: Tensor, visual: Tensor, markers: Sequence[int] = ()) -> Tensor:
         """(B, S) bool: plain text of the user's turn, from its last picture up to the turn's end; else all plain text.
 
-        Parameters
-        ----------
-        ids, mask, visual: (B, S) token ids, attention mask and placeholders. markers: ids that close a picture.
+        Args:
+            ids, mask, visual: (B, S) token ids, attention mask and placeholders.
+            markers: ids that close a picture.
         """
         special = torch.tensor(sorted(self.processor.tokenizer.all_special_ids), device=ids.device)
         plain = mask.bool() & ~visual & ~torch.isin(ids, special)
@@ -313,9 +312,8 @@ class Backbone(ABC):
     def run_llm(self, compressed: CompressedPrompt) -> PrefillOutput:
         """Run the LLM over a prompt from `compress`, dropping tokens inside it where the method says so.
 
-        Raises
-        ------
-        InputError: logits that are not finite.
+        Raises:
+            InputError: logits that are not finite.
         """
         if compressed.decoder is None:
             hidden, logits = self.forward(compressed)
@@ -344,9 +342,8 @@ class Backbone(ABC):
     def run_generate(self, compressed: CompressedPrompt, **generation: Any) -> tuple[LongTensor, Entered]:
         """New tokens (B, T) for a prompt from `compress`, and what entered the LLM's layers while it was read.
 
-        Raises
-        ------
-        InputError: beam search and the like with a decoder-stage method; logits that are not finite.
+        Raises:
+            InputError: beam search and the like with a decoder-stage method; logits that are not finite.
         """
         if compressed.decoder is None:
             with self._finite_logits():
@@ -396,18 +393,16 @@ class Backbone(ABC):
     ) -> PrefillOutput:
         """Run the LLM over the compressed prompt.
 
-        Parameters
-        ----------
-        inputs: what the processor returned: B >= 1 prompts, left-padded; any number of images and videos each.
-        compressor: what `build(...)` returned.
-        budget: `0.2`, `"20%"`, `Tokens(64)` or `"64tok"`: visual tokens to keep.
-        encoded: from `encode`, to reuse one vision pass.
-        keys: a name for each prompt (a document id), so that seeded methods draw the same in any batch; the prompt's
-            token ids by default.
+        Args:
+            inputs: what the processor returned: B >= 1 prompts, left-padded; any number of images and videos each.
+            compressor: what `build(...)` returned.
+            budget: `0.2`, `"20%"`, `Tokens(64)` or `"64tok"`: visual tokens to keep.
+            encoded: from `encode`, to reuse one vision pass.
+            keys: a name for each prompt (a document id), so that seeded methods draw the same in any batch; the
+                prompt's token ids by default.
 
-        Raises
-        ------
-        InputError: inputs, compressor or budget that can't be used; one line says why.
+        Raises:
+            InputError: inputs, compressor or budget that can't be used; one line says why.
         """
         return self.run_llm(self.compress(inputs, compressor, budget, encoded=encoded, keys=keys))
 
@@ -424,14 +419,12 @@ class Backbone(ABC):
     ) -> LongTensor:
         """Answer with the stock `generate()` on the compressed prompt.
 
-        Parameters
-        ----------
-        generation: as for transformers' `generate` (max_new_tokens, do_sample, temperature, repetition_penalty, ...);
-            what is not given comes from the checkpoint's generation config, as in the stock model.
+        Args:
+            generation: as for transformers' `generate` (max_new_tokens, do_sample, temperature, repetition_penalty,
+                ...); what is not given comes from the checkpoint's generation config, as in the stock model.
 
-        Returns
-        -------
-        (B, T) int64: new tokens only, padded after a row's end.
+        Returns:
+            (B, T) int64: new tokens only, padded after a row's end.
         """
         compressed = self.compress(inputs, compressor, budget, encoded=encoded, keys=keys)
         return self.run_generate(compressed, **generation)[0]

@@ -83,9 +83,8 @@ class Llava(Backbone):
     def fused(self, fusion: TokenFusion) -> Llava:
         """This backbone with trained fusion for a projector; this one is used up.
 
-        Raises
-        ------
-        InputError: a fusion that does not fit.
+        Raises:
+            InputError: a fusion that does not fit.
         """
         model, about = fuse(self.model, fusion), f"{self.revision}+{weights_digest(fusion)[:16]}"
         return Llava(model, self.processor, id=self.id, revision=about, extra_weights=self.host.extra_weights)
@@ -184,8 +183,7 @@ class Llava(Backbone):
 
     @contextmanager
     def _capture(self, needs: frozenset[str]) -> Iterator[dict[str, Any]]:
-        """Records what `_trace` works from while the tower runs: states behind norm 1 of a block, the feature block's
-        output."""
+        """Records what `_trace` needs while the tower runs: states behind norm 1, the feature block's output."""
         captured: dict[str, Any] = {}
         if not needs:
             yield captured

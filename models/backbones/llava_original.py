@@ -78,14 +78,15 @@ class _Stored:
 class OriginalLlava:
     """A checkpoint in the original layout.
 
-    Parameters
-    ----------
-    source: as the user wrote it. located: folder or hub id. revision: on the hub. raw: fields of its config.json.
-    learned: whether a tensor of this name is a learned method's, which goes beside the backbone.
+    Args:
+        source: as the user wrote it.
+        located: folder or hub id.
+        revision: on the hub.
+        raw: fields of its config.json.
+        learned: whether a tensor of this name is a learned method's, which goes beside the backbone.
 
-    Raises
-    ------
-    InputError: what can't be read into transformers' Llava; one line says why.
+    Raises:
+        InputError: what can't be read into transformers' Llava; one line says why.
     """
 
     def __init__(
@@ -299,9 +300,8 @@ class OriginalLlava:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """All tensors by the names of transformers' model, and those of learned methods by their own.
 
-        Raises
-        ------
-        InputError: a tensor that has no place.
+        Raises:
+            InputError: a tensor that has no place.
         """
         language, _, rest = self._parts
         state = {name: tensor.read() for name, tensor in language.items()} | self._tower_state()
@@ -381,13 +381,12 @@ def _shape(shape: tuple[int, ...]) -> str:
 def tower_config(shapes: Mapping[str, tuple[int, ...]], source: str) -> CLIPVisionConfig:
     """Configuration of a CLIP tower from the shapes of its tensors, with heads and activation of OpenAI's CLIP.
 
-    Parameters
-    ----------
-    shapes: by names below `model.vision_tower.`. source: for messages.
+    Args:
+        shapes: by names below `model.vision_tower.`.
+        source: for messages.
 
-    Raises
-    ------
-    InputError: no CLIP tower that OpenAI released.
+    Raises:
+        InputError: no CLIP tower that OpenAI released.
     """
     try:
         patches = shapes["model.vision_tower.embeddings.patch_embedding.weight"]
@@ -416,9 +415,8 @@ def tower_config(shapes: Mapping[str, tuple[int, ...]], source: str) -> CLIPVisi
 def fusion_layers(raw: Mapping[str, Any], count: int, source: str) -> tuple[int, ...]:
     """The hidden states that a fusion of `count` reads: a list in config.json, else the published eight.
 
-    Raises
-    ------
-    InputError: another number, and no list.
+    Raises:
+        InputError: another number, and no list.
     """
     listed = raw.get("mm_vision_select_layer")
     if isinstance(listed, list) and len(listed) == count:
@@ -443,13 +441,12 @@ STF_NAMES = {
 def check_fusion(shapes: Mapping[str, tuple[int, ...]], width: int, out: int, source: str) -> None:
     """Check LLaVA-STF's four layers: L w -> h1 -> w over hidden states, 4 w -> h2 -> d over a window.
 
-    Parameters
-    ----------
-    shapes: of the tensors outside of the language model and the tower. width, out: w and d.
+    Args:
+        shapes: of the tensors outside of the language model and the tower.
+        width, out: w and d.
 
-    Raises
-    ------
-    InputError: no four layers that fit, or a layer without its bias.
+    Raises:
+        InputError: no four layers that fit, or a layer without its bias.
     """
     layers = [shapes.get(f"{name}.weight", ()) for name in STF_NAMES.values()]
     windows = WINDOW * WINDOW * width

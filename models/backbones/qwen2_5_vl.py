@@ -235,9 +235,10 @@ class Qwen2_5_VL(Backbone):
     def _lower_pixels(self, pixels: Tensor, grids: Tensor, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Flattened patches of each item, made again from its frames at another size (bicubic, anti-aliased).
 
-        Parameters
-        ----------
-        pixels: (P, C * T * p * p) as the processor returns them. grids: (items, 3) in patches. sizes: merged (h, w).
+        Args:
+            pixels: (P, C * T * p * p) as the processor returns them.
+            grids: (items, 3) in patches.
+            sizes: merged (h, w).
         """
         vision, m = self.model.config.vision_config, self._merge
         p, temporal, channels = vision.patch_size, vision.temporal_patch_size, vision.in_channels

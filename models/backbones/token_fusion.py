@@ -30,12 +30,11 @@ WINDOW = 2
 class FusionConfig:
     """Sizes of the four linear layers; `LlavaConfig.token_fusion` holds them as plain data.
 
-    Attributes
-    ----------
-    layers: hidden states of the vision tower, in the order in which their channels are joined.
-    fusion_hidden: size inside the fusion of blocks, 4 w for a tower of width w.
-    spatial_hidden: size inside the fusion of windows, 16 w.
-    window: patches along one side of a window.
+    Attributes:
+        layers: hidden states of the vision tower, in the order in which their channels are joined.
+        fusion_hidden: size inside the fusion of blocks, 4 w for a tower of width w.
+        spatial_hidden: size inside the fusion of windows, 16 w.
+        window: patches along one side of a window.
     """
 
     layers: tuple[int, ...]
@@ -60,10 +59,9 @@ class FusionConfig:
 
         Sizes that are left out are the published ones.
 
-        Raises
-        ------
-        InputError: an unknown field, hidden states that the tower does not have, a grid of patches that windows do not
-            divide.
+        Raises:
+            InputError: an unknown field, hidden states that the tower does not have, a grid of patches that windows do
+                not divide.
         """
         said, tower = config.token_fusion, config.vision_config
         if not isinstance(said, Mapping):
@@ -105,9 +103,8 @@ class FusionConfig:
 def square_grid(count: int) -> tuple[int, int]:
     """(h, w) of a square picture of `count` patches.
 
-    Raises
-    ------
-    InputError: no square number.
+    Raises:
+        InputError: no square number.
     """
     side = math.isqrt(count)
     if side * side != count:
@@ -120,18 +117,17 @@ def square_grid(count: int) -> tuple[int, int]:
 def to_windows(features: Tensor, grid: tuple[int, int], window: int = WINDOW) -> Tensor:
     """The channels of each window's patches side by side, channel by channel.
 
-    Parameters
-    ----------
-    features: (B, h * w, C), patches in raster order. grid: (h, w), both multiples of `window`.
+    Args:
+        features: (B, h * w, C), patches in raster order.
+        grid: (h, w), both multiples of `window`.
 
-    Returns
-    -------
-    (B, h * w / window^2, C * window^2): windows in raster order; channels of a window of 2 as c0 of the patches (0, 0),
-    (0, 1), (1, 0), (1, 1), then c1 of the same, and so on. A linear layer on this is a convolution of that stride.
+    Returns:
+        (B, h * w / window^2, C * window^2): windows in raster order; channels of a window of 2 as c0 of the patches (0,
+        0), (0, 1), (1, 0), (1, 1), then c1 of the same, and so on. A linear layer on this is a convolution of that
+        stride.
 
-    Raises
-    ------
-    InputError: another number of patches than the grid has, or sides that are no multiples of `window`.
+    Raises:
+        InputError: another number of patches than the grid has, or sides that are no multiples of `window`.
     """
     batch, count, channels = features.shape
     h, w = grid
@@ -149,12 +145,13 @@ def to_windows(features: Tensor, grid: tuple[int, int], window: int = WINDOW) ->
 class TokenFusion(nn.Module):
     """From hidden states of several blocks to one token for each window of patches, in the LLM's width.
 
-    Parameters
-    ----------
-    config: sizes. width: of the vision tower, w. out: of the LLM, d.
+    Args:
+        config: sizes.
+        width: of the vision tower, w.
+        out: of the LLM, d.
 
-    Source: LLaVA-STF, arXiv 2506.07138. Each fusion is linear, GELU, linear, without a residual path, as in the code
-    published with it; the paper's figure draws one more 1x1 convolution, and a GELU after each.
+        Source: LLaVA-STF, arXiv 2506.07138. Each fusion is linear, GELU, linear, without a residual path, as in the
+            code published with it; the paper's figure draws one more 1x1 convolution, and a GELU after each.
     """
 
     def __init__(self, config: FusionConfig, width: int, out: int) -> None:
@@ -175,18 +172,16 @@ class TokenFusion(nn.Module):
     def forward(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Tokens for the LLM.
 
-        Parameters
-        ----------
-        features: (B, N, L * w) hidden states of `config.layers`, joined along channels in that order, without CLS;
-            patches in raster order. grid: (h, w) of the patches, N = h * w; a square by default.
+        Args:
+            features: (B, N, L * w) hidden states of `config.layers`, joined along channels in that order, without CLS;
+                patches in raster order.
+            grid: (h, w) of the patches, N = h * w; a square by default.
 
-        Returns
-        -------
-        (B, N / window^2, d), windows in raster order.
+        Returns:
+            (B, N / window^2, d), windows in raster order.
 
-        Raises
-        ------
-        InputError: N that is no square (without `grid`), sides that windows do not divide.
+        Raises:
+            InputError: N that is no square (without `grid`), sides that windows do not divide.
         """
         grid = square_grid(features.shape[1]) if grid is None else grid
         return self.spatial(to_windows(self.multi_block(features), grid, self.window))
@@ -194,9 +189,8 @@ class TokenFusion(nn.Module):
     def fit(self, config: Any, name: str) -> None:
         """Refuse a `LlavaConfig` whose vision tower or LLM has another width; `name` says where the fusion is from.
 
-        Raises
-        ------
-        InputError: another width.
+        Raises:
+            InputError: another width.
         """
         width, out = config.vision_config.hidden_size, config.text_config.hidden_size
         if (self.width, self.out) != (width, out):
@@ -220,13 +214,12 @@ class FusedLlava(LlavaForConditionalGeneration):
 def fuse(plain: Any, fusion: TokenFusion) -> FusedLlava:
     """A LLaVA with `fusion` for a projector, made of the parts of a plain one, which is used up.
 
-    Parameters
-    ----------
-    plain: LlavaForConditionalGeneration. fusion: of the plain one's widths.
+    Args:
+        plain: LlavaForConditionalGeneration.
+        fusion: of the plain one's widths.
 
-    Raises
-    ------
-    InputError: widths, layers or a grid of patches that do not fit.
+    Raises:
+        InputError: widths, layers or a grid of patches that do not fit.
     """
     config = plain.config
     fusion.fit(config, "given")

@@ -19,17 +19,15 @@ def received_attention(queries: Tensor, keys: Tensor, lengths: Sequence[int], sc
 
     Exact and without an N x N array: whole rows of a few queries at a time are normalised and added up.
 
-    Parameters
-    ----------
-    queries, keys: (P, H, d), after rotary embedding.
-    lengths: sizes of the segments, in order, summing to P; attention does not cross them.
-    scale: factor of the logits, usually d ** -0.5.
+    Args:
+        queries, keys: (P, H, d), after rotary embedding.
+        lengths: sizes of the segments, in order, summing to P; attention does not cross them.
+        scale: factor of the logits, usually d ** -0.5.
 
-    Returns
-    -------
-    (P,) float32 (float64 for float64 input); each segment sums to its length.
+    Returns:
+        (P,) float32 (float64 for float64 input); each segment sums to its length.
 
-    Source: VisionZip's ranking in its Qwen2.5-VL form, arXiv 2412.04467.
+        Source: VisionZip's ranking in its Qwen2.5-VL form, arXiv 2412.04467.
     """
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
     received = []

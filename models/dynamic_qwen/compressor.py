@@ -67,10 +67,9 @@ class DynamicQwen(DecoderCompressor):
     def bind(self, host: Host) -> DynamicQwen:
         """A copy that holds its predictor, checked against the backbone's width and depth.
 
-        Raises
-        ------
-        InputError: no predictor given nor in the backbone's checkpoint, one of another width, or one that cannot be
-            read; a layer that the backbone does not have.
+        Raises:
+            InputError: no predictor given nor in the backbone's checkpoint, one of another width, or one that cannot be
+                read; a layer that the backbone does not have.
         """
         if host.depth:
             self.check_layers(host.depth)

@@ -48,11 +48,12 @@ class Predictor(nn.Module):
     Dynamic-LLaVA, arXiv 2412.00876. The validity mask of padded training batches has no counterpart here: the tokens
     given are all valid.
 
-    Parameters
-    ----------
-    width: D, the size of the LLM's states.
-    hidden: m, the size inside (512 in the published ones), a multiple of 8. inner: that of the blocks' MLPs, 4 * m.
-    blocks: number of transformer blocks. bias: whether their output projections have one.
+    Args:
+        width: D, the size of the LLM's states.
+        hidden: m, the size inside (512 in the published ones), a multiple of 8.
+        inner: that of the blocks' MLPs, 4 * m.
+        blocks: number of transformer blocks.
+        bias: whether their output projections have one.
     """
 
     def __init__(
@@ -77,9 +78,8 @@ class Predictor(nn.Module):
 
         In float64 where states or parameters are float64, else in float32 (also under autocast).
 
-        Raises
-        ------
-        InputError: states of another shape.
+        Raises:
+            InputError: states of another shape.
         """
         if states.dim() != 2 or states.shape[1] != self.width:
             raise InputError(f"this predictor takes states of shape (N, {self.width}), got {tuple(states.shape)}")
@@ -96,20 +96,17 @@ class Predictor(nn.Module):
     def from_state(cls, state: Mapping[str, Tensor], source: str = "predictor") -> Predictor:
         """A predictor from its tensors, its sizes read from their shapes.
 
-        Parameters
-        ----------
-        state: tensors by our own names (`state_dict()` of a `Predictor`), or by those of the published Dynamic-Qwen
-            (`down_mlp.0.weight`, `transformer.0.attn.qkv.weight`, ...). A prefix ending in `image_score_predictor.` may
-            stand before them, and other tensors of a checkpoint beside them.
-        source: what to call the weights in an error.
+        Args:
+            state: tensors by our own names (`state_dict()` of a `Predictor`), or by those of the published Dynamic-Qwen
+                (`down_mlp.0.weight`, `transformer.0.attn.qkv.weight`, ...). A prefix ending in `image_score_predictor.`
+                may stand before them, and other tensors of a checkpoint beside them.
+            source: what to call the weights in an error.
 
-        Returns
-        -------
-        A predictor in evaluation mode whose parameters are float32 (float64 for float64) copies without gradient.
+        Returns:
+            A predictor in evaluation mode whose parameters are float32 (float64 for float64) copies without gradient.
 
-        Raises
-        ------
-        InputError: tensors that are missing, do not fit each other, or that this predictor has no place for.
+        Raises:
+            InputError: tensors that are missing, do not fit each other, or that this predictor has no place for.
         """
         ours: dict[str, Tensor] = {}
         for name in predictor_names(state):
@@ -181,13 +178,11 @@ def predictor_names(names: Iterable[str]) -> list[str]:
 def load_predictor(source: str) -> Predictor:
     """Read a predictor from a file, a folder or the Hugging Face hub, and from there only its own tensors.
 
-    Parameters
-    ----------
-    source: a `.safetensors` or `.bin` file; a folder with `predictor.safetensors`, or with any such files in which
-        there is `*.image_score_predictor.*`; or a hub id `owner/name` of such a folder.
+    Args:
+        source: a `.safetensors` or `.bin` file; a folder with `predictor.safetensors`, or with any such files in which
+            there is `*.image_score_predictor.*`; or a hub id `owner/name` of such a folder.
 
-    Raises
-    ------
-    InputError: nothing there, no predictor in it or two that differ, or a damaged file.
+    Raises:
+        InputError: nothing there, no predictor in it or two that differ, or a damaged file.
     """
     return Predictor.from_state(find_tensors(source, predictor_names, _FILE, "predictor"), source)

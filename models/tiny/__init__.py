@@ -13,9 +13,10 @@ TINY = "tiny"
 class Embedded:
     """An embedded checkpoint.
 
-    Attributes
-    ----------
-    folder: beside this file. protocol: how it is asked where nothing else is said. about: what it is.
+    Attributes:
+        folder: beside this file.
+        protocol: how it is asked where nothing else is said.
+        about: what it is.
     """
 
     folder: str

@@ -40,22 +40,23 @@ class Tokeniser:
     No token spans prompt and answer, as it can't when the model answers. A line break that begins the text behind a
     picture stays, unless the chat template puts one there by itself (LLaVA's does).
 
-    Parameters
-    ----------
-    processor: the backbone's. settings: pixels and frames. max_length: longest sample in tokens.
+    Args:
+        processor: the backbone's.
+        settings: pixels and frames.
+        max_length: longest sample in tokens.
     """
 
     def __init__(self, processor: Any, settings: MediaSettings, max_length: int) -> None:
         self.processor, self.settings, self.max_length = processor, settings, max_length
 
     def __call__(self, conversation: Conversation) -> dict[str, Any]:
-        """Tensors of one sample: input_ids (S,), labels (S,) with `IGNORED` everywhere but on answers and what the
-        chat template ends each with (Qwen's: `<|im_end|>` and a line break), and the processor's pixel values and
-        grids; `place`.
+        """Tensors of one sample.
 
-        Raises
-        ------
-        InputError: a picture or video that can't be read, or more than `max_length` tokens.
+        input_ids (S,), labels (S,) with `IGNORED` everywhere but on answers and what the chat template ends each with
+        (Qwen's: `<|im_end|>` and a line break), and the processor's pixel values and grids; `place`.
+
+        Raises:
+            InputError: a picture or video that can't be read, or more than `max_length` tokens.
         """
         place = conversation.place
         messages = [self._without_second_break(message) for message in conversation.messages]
@@ -168,19 +169,18 @@ def _joined(values: Sequence[Any]) -> Any:
 class Conversations(Dataset):
     """The samples of several files, read when they are asked for.
 
-    Parameters
-    ----------
-    files: JSONL or parquet. paths: what image paths mean. tokeniser: from conversation to tensors; may be set later.
-    check: read every record once, so that a bad key or path ends the training before it begins.
-    missing: called with the place and path of media that do not exist, during the check; raises by default.
+    Args:
+        files: JSONL or parquet.
+        paths: what image paths mean.
+        tokeniser: from conversation to tensors; may be set later.
+        check: read every record once, so that a bad key or path ends the training before it begins.
+        missing: called with the place and path of media that do not exist, during the check; raises by default.
 
-    Attributes
-    ----------
-    kinds: "image", "video" or both, of the media that the check met (of parquet files the first row's).
+    Attributes:
+        kinds: "image", "video" or both, of the media that the check met (of parquet files the first row's).
 
-    Raises
-    ------
-    InputError: no such file, a record that can't be used, media that are not there.
+    Raises:
+        InputError: no such file, a record that can't be used, media that are not there.
     """
 
     def __init__(
@@ -240,10 +240,10 @@ def _refuse_missing(place: str, path: Path) -> None:
 class Collator:
     """Pads samples to a batch.
 
-    Attributes
-    ----------
-    pad: id of padding. side: where it goes. skip: leave samples out that can't be used; else `error` of the batch says
-        what is wrong with the first.
+    Attributes:
+        pad: id of padding.
+        side: where it goes.
+        skip: leave samples out that can't be used; else `error` of the batch says what is wrong with the first.
     """
 
     pad: int
@@ -251,8 +251,11 @@ class Collator:
     skip: bool = False
 
     def __call__(self, samples: Sequence[dict[str, Any] | Unusable]) -> dict[str, Any]:
-        """input_ids, attention_mask and labels (B, S) int64; pixel values and grids of all samples in order; `places`;
-        `skipped` and `error` (None or one line)."""
+        """One batch, left-padded.
+
+        input_ids, attention_mask and labels (B, S) int64; pixel values and grids of all samples in order; `places`;
+        `skipped` and `error` (None or one line).
+        """
         bad = [s.reason for s in samples if isinstance(s, Unusable)]
         good = [s for s in samples if not isinstance(s, Unusable)]
         batch: dict[str, Any] = {

@@ -46,10 +46,9 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 class Kind:
     """How one kind of learned module is stored.
 
-    Attributes
-    ----------
-    method: the compressor that takes it; empty for a part of the backbone.
-    prefix: stands before its tensors in a full checkpoint.
+    Attributes:
+        method: the compressor that takes it; empty for a part of the backbone.
+        prefix: stands before its tensors in a full checkpoint.
     """
 
     name: str
@@ -88,11 +87,10 @@ def write_atomically(path: Path, text: str) -> None:
 def save_learned(folder: Path, module: nn.Module, kind: Kind, about: Mapping[str, Any]) -> None:
     """Write a result folder; the configuration comes last and by rename: it is the completion record.
 
-    Parameters
-    ----------
-    module: a `Scorer`, `Predictor` or `TokenFusion`.
-    about: goes into the configuration: `backbone` {id, revision, family}, `training` (the spec), `data` {files,
-        samples, sha256}, `metrics`, `environment`.
+    Args:
+        module: a `Scorer`, `Predictor` or `TokenFusion`.
+        about: goes into the configuration: `backbone` {id, revision, family}, `training` (the spec), `data` {files,
+            samples, sha256}, `metrics`, `environment`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().float().contiguous() for name, tensor in module.state_dict().items()}
@@ -111,9 +109,9 @@ def save_learned(folder: Path, module: nn.Module, kind: Kind, about: Mapping[str
 def save_whole(folder: Path, backbone: Backbone, kind: Kind, about: Mapping[str, Any], dtype: torch.dtype) -> None:
     """Write a trained backbone as a checkpoint, with a configuration and a card as in a result folder.
 
-    Parameters
-    ----------
-    about: as for `save_learned`, with `parameters`. dtype: of the stored weights.
+    Args:
+        about: as for `save_learned`, with `parameters`.
+        dtype: of the stored weights.
     """
     files = save_backbone(backbone, folder, dtype)
     config = {"format": FORMAT, "kind": kind.name, "dtype": str(dtype).removeprefix("torch."), "files": files, **about}
@@ -128,9 +126,8 @@ def _count(state: Mapping[str, Tensor]) -> int:
 def read_config(folder: Path, kind: Kind) -> dict[str, Any]:
     """Configuration of a result folder; empty where there is none.
 
-    Raises
-    ------
-    InputError: damaged.
+    Raises:
+        InputError: damaged.
     """
     path = folder / kind.config
     if not path.is_file():
@@ -195,9 +192,8 @@ def _card(kind: Kind, config: Mapping[str, Any]) -> str:
 def load_learned(folder: str | Path) -> tuple[Kind, Scorer | Predictor | TokenFusion]:
     """The module of a result folder.
 
-    Raises
-    ------
-    InputError: no result folder, or damaged weights.
+    Raises:
+        InputError: no result folder, or damaged weights.
     """
     path = Path(folder)
     kind = kind_of(path) if path.is_dir() else None
@@ -215,9 +211,8 @@ def load_learned(folder: str | Path) -> tuple[Kind, Scorer | Predictor | TokenFu
 def load_fusion(source: str) -> TokenFusion:
     """Token fusion from the result folder of a first stage, or out of a checkpoint that has it (folder or hub id).
 
-    Raises
-    ------
-    InputError: nothing there, no token fusion in it, or damaged.
+    Raises:
+        InputError: nothing there, no token fusion in it, or damaged.
     """
     kind, path = KINDS["token-fusion"], Path(source).expanduser()
     if (path / kind.file).is_file():
@@ -264,9 +259,8 @@ def _read(file: Path, source: str, mark: str = "") -> dict[str, Tensor]:
 def save_backbone(backbone: Backbone, folder: Path, dtype: torch.dtype | None = None) -> list[str]:
     """Write a loaded backbone as a checkpoint of its own, in transformers' layout; the names of its files.
 
-    Parameters
-    ----------
-    dtype: of the stored weights; as they are by default.
+    Args:
+        dtype: of the stored weights; as they are by default.
     """
     work = folder / ".saving"
     shutil.rmtree(work, ignore_errors=True)
@@ -295,14 +289,13 @@ def export_checkpoint(learned: str | Path, output: str | Path, pretrained: str |
 
     A checkpoint in another layout than transformers' is written in that one.
 
-    Parameters
-    ----------
-    learned: result folder, or a checkpoint in another layout. output: a new or empty folder.
-    pretrained: the backbone (folder, hub id or `tiny`); by default the one recorded in the result folder.
+    Args:
+        learned: result folder, or a checkpoint in another layout.
+        output: a new or empty folder.
+        pretrained: the backbone (folder, hub id or `tiny`); by default the one recorded in the result folder.
 
-    Raises
-    ------
-    InputError: folders that can't be used, a backbone of another width.
+    Raises:
+        InputError: folders that can't be used, a backbone of another width.
     """
     if (path := Path(learned)).is_dir() and kind_of(path) is None and _is_foreign(path):
         if pretrained:
@@ -395,9 +388,8 @@ def _write_sharded(located: Path, folder: Path, state: Mapping[str, Tensor], rep
 def extract_learned(checkpoint: str, output: str | Path, kind: Kind) -> Path:
     """A result folder from a full checkpoint (folder, hub id or `tiny`) that holds a trained module.
 
-    Raises
-    ------
-    InputError: no such checkpoint, or nothing of this kind in it.
+    Raises:
+        InputError: no such checkpoint, or nothing of this kind in it.
     """
     located = checkpoint_folder(checkpoint)
     if kind.name == "scorer":

@@ -47,10 +47,11 @@ POLICY_ATTENTION = "visionselector_eval_policy"
 class Outcome:
     """Loss of a micro-batch, and what to log of it.
 
-    Attributes
-    ----------
-    loss: scalar with gradient. parts: scalars without gradient, averaged over micro-batches and processes.
-    schedules: numbers that follow from the step alone. left_out: why samples were left out, one line each.
+    Attributes:
+        loss: scalar with gradient.
+        parts: scalars without gradient, averaged over micro-batches and processes.
+        schedules: numbers that follow from the step alone.
+        left_out: why samples were left out, one line each.
     """
 
     loss: Tensor
@@ -62,10 +63,10 @@ class Outcome:
 class Learner(nn.Module, ABC):
     """What is trained (`learned`, float32), with a backbone of which everything else is frozen.
 
-    Parameters
-    ----------
-    backbone: loaded; its parameters are frozen here.
-    learned: what is trained: a module beside the backbone, or one made of the backbone's own. spec: the training.
+    Args:
+        backbone: loaded; its parameters are frozen here.
+        learned: what is trained: a module beside the backbone, or one made of the backbone's own.
+        spec: the training.
     """
 
     accepts_loss_kwargs = False  # the loss is a mean over the micro-batch; the trainer averages over micro-batches
@@ -87,9 +88,8 @@ class Learner(nn.Module, ABC):
     def load(cls, spec: Any, device: str) -> Backbone:
         """The backbone that a spec trains beside, or of which it trains parts.
 
-        Raises
-        ------
-        InputError: a checkpoint that can't be loaded, or not be trained in this way.
+        Raises:
+            InputError: a checkpoint that can't be loaded, or not be trained in this way.
         """
         return load_backbone(spec.pretrained, device, spec.dtype, spec.attn_implementation, revision=spec.revision)
 
@@ -109,9 +109,8 @@ class Learner(nn.Module, ABC):
     def forward(self, batch: Mapping[str, Any], step: int, total: int) -> Outcome:
         """Loss of a batch from `Collator` after `step` of `total` optimiser steps.
 
-        Raises
-        ------
-        InputError: a picture with too few tokens for the budget, unless such samples are to be left out.
+        Raises:
+            InputError: a picture with too few tokens for the budget, unless such samples are to be left out.
         """
         if not batch["places"]:  # every sample of the micro-batch was left out; other processes wait for this one
             return Outcome(self.nothing(self.backbone.device), {}, {})
@@ -185,9 +184,8 @@ class SelectorLearner(CompressorLearner):
     def build(cls, backbone: Backbone, spec: SelectorSpec) -> SelectorLearner:
         """With a new scorer from the spec's seed, or that of `init`.
 
-        Raises
-        ------
-        InputError: `init` that can't be read, or of another size.
+        Raises:
+            InputError: `init` that can't be read, or of another size.
         """
         if spec.init is not None:
             scorer = load_scorer(spec.init)
@@ -264,9 +262,8 @@ class PredictorLearner(CompressorLearner):
     def build(cls, backbone: Backbone, spec: PredictorSpec) -> PredictorLearner:
         """With a new predictor from the spec's seed, sized by the backbone, or that of `init`.
 
-        Raises
-        ------
-        InputError: `init` that can't be read, or of another width; a layer that the backbone does not have.
+        Raises:
+            InputError: `init` that can't be read, or of another width; a layer that the backbone does not have.
         """
         if spec.layer >= backbone.depth:
             raise InputError(f"layer={spec.layer} of dynamic-qwen: {backbone.id} has layers 0 to {backbone.depth - 1}")

@@ -36,10 +36,9 @@ _SPLIT = "\x00"
 class MediaPaths:
     """How the paths in a JSONL file become files.
 
-    Attributes
-    ----------
-    root: folder that relative paths start from; None for the folder of the JSONL file.
-    policy: `relative` (paths below the root, nothing else) or `absolute` (absolute paths, nothing else).
+    Attributes:
+        root: folder that relative paths start from; None for the folder of the JSONL file.
+        policy: `relative` (paths below the root, nothing else) or `absolute` (absolute paths, nothing else).
     """
 
     root: Path | None = None
@@ -48,9 +47,8 @@ class MediaPaths:
     def resolve(self, path: str, file: Path, place: str) -> Path:
         """The file that `path` of a sample in `file` names; whether it exists is not looked at.
 
-        Raises
-        ------
-        InputError: a path that the policy does not allow.
+        Raises:
+            InputError: a path that the policy does not allow.
         """
         given = Path(path)
         if self.policy == "absolute":
@@ -97,9 +95,8 @@ def parse_record(record: Any, file: Path, place: str, paths: MediaPaths) -> Conv
     a path or a list of paths; each stands where the text has `<image>` or `<video>`, and before the first question
     where the text has none. A line break behind a marker stays, as in the published data paths.
 
-    Raises
-    ------
-    InputError: a missing key, a turn that is no turn, markers that do not fit the media, a path against the policy.
+    Raises:
+        InputError: a missing key, a turn that is no turn, markers that do not fit the media, a path against the policy.
     """
     if not isinstance(record, Mapping):
         raise InputError(f"{place}: a sample is a JSON object, got {type(record).__name__}")
@@ -226,8 +223,10 @@ class JsonlFile:
 
 
 class ParquetFile:
-    """Rows of (image, question, answer): the image as bytes, as {"bytes", "path"} or as a path, the answer a text or a
-    list of which the first is learned."""
+    """Rows of (image, question, answer).
+
+    The image as bytes, as {"bytes", "path"} or as a path; the answer a text or a list of which the first is learned.
+    """
 
     def __init__(self, path: Path) -> None:
         import datasets
@@ -275,9 +274,8 @@ class ParquetFile:
 def open_file(path: str | Path) -> JsonlFile | ParquetFile:
     """A data file by its name: `.jsonl` (also `.json` with one object a line) or `.parquet`.
 
-    Raises
-    ------
-    InputError: not there, of another kind, or empty.
+    Raises:
+        InputError: not there, of another kind, or empty.
     """
     path = Path(path)
     if not path.is_file():

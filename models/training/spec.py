@@ -316,9 +316,8 @@ _Spec = TypeVar("_Spec", bound=TrainSpec)
 def make_train_spec(kind: type[_Spec], data: Mapping[str, Any]) -> _Spec:
     """A checked spec from plain data.
 
-    Raises
-    ------
-    InputError: an unknown field (with the nearest existing one) or a wrong value, in one line.
+    Raises:
+        InputError: an unknown field (with the nearest existing one) or a wrong value, in one line.
     """
     try:
         return kind.model_validate(dict(data))
@@ -338,9 +337,8 @@ def make_train_spec(kind: type[_Spec], data: Mapping[str, Any]) -> _Spec:
 def load_train_spec(kind: type[_Spec], path: str | Path, overrides: Mapping[str, Any] | None = None) -> _Spec:
     """Read a spec from YAML; `overrides` (from flags) win.
 
-    Raises
-    ------
-    InputError: missing file, no YAML, unknown field, wrong value.
+    Raises:
+        InputError: missing file, no YAML, unknown field, wrong value.
     """
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

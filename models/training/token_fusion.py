@@ -45,10 +45,9 @@ class TokenFusionLearner(Learner):
     def load(cls, spec: TokenFusionSpec, device: str) -> Backbone:
         """A LLaVA with token fusion: new, from `init`, from a first stage, or the checkpoint's own (stage 2).
 
-        Raises
-        ------
-        InputError: a checkpoint of another family; one with token fusion in stage 1, one without in stage 2; a fusion
-            of another width or of other layers.
+        Raises:
+            InputError: a checkpoint of another family; one with token fusion in stage 1, one without in stage 2; a
+                fusion of another width or of other layers.
         """
         source, init = spec.pretrained, spec.init
         noted: str | None = None  # revision of the backbone that a first stage had

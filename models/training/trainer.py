@@ -53,9 +53,11 @@ class TrainingStopped(InputError):
 class Plan:
     """What a training is going to do.
 
-    Attributes
-    ----------
-    samples: of the data, with `sha256`. steps: optimiser steps. parameters: trained ones. effective: samples a step.
+    Attributes:
+        samples: of the data, with `sha256`.
+        steps: optimiser steps.
+        parameters: trained ones.
+        effective: samples a step.
     """
 
     samples: int
@@ -69,11 +71,12 @@ class Plan:
 class Result:
     """A finished training.
 
-    Attributes
-    ----------
-    folder: with the weights, their configuration and card. steps: optimiser steps of the whole training.
-    metrics: the last values logged. fresh: False where the folder held the finished training already.
-    first: whether this is the process that speaks (of several).
+    Attributes:
+        folder: with the weights, their configuration and card.
+        steps: optimiser steps of the whole training.
+        metrics: the last values logged.
+        fresh: False where the folder held the finished training already.
+        first: whether this is the process that speaks (of several).
     """
 
     folder: Path
@@ -166,9 +169,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 def reporters(names: Sequence[str]) -> list[str]:
     """Where the log goes beside our own file: `auto` is TensorBoard where it is installed.
 
-    Raises
-    ------
-    InputError: asked for by name, and not installed.
+    Raises:
+        InputError: asked for by name, and not installed.
     """
     from transformers.integrations import is_tensorboard_available, is_wandb_available
 
@@ -233,9 +235,8 @@ def arguments_of(spec: TrainSpec) -> TrainingArguments:
 def read_data(spec: TrainSpec) -> Conversations:
     """The data of a spec, every record of it checked.
 
-    Raises
-    ------
-    InputError: see `Conversations`.
+    Raises:
+        InputError: see `Conversations`.
     """
 
     def missing(place: str, path: Path) -> None:
@@ -278,15 +279,15 @@ def train(
 ) -> Result | Plan:
     """Train what `spec` says, or go on where a killed training of the same spec stopped.
 
-    Parameters
-    ----------
-    callbacks: of transformers, for progress. overwrite: forget what the folder holds.
-    announce: called with the plan before the first step, in the first process. dry_run: return the plan instead.
+    Args:
+        callbacks: of transformers, for progress.
+        overwrite: forget what the folder holds.
+        announce: called with the plan before the first step, in the first process.
+        dry_run: return the plan instead.
 
-    Raises
-    ------
-    InputError: data, backbone or folder that can't be used, a folder with another training; `TrainingStopped` for a
-        loss or a gradient that is no number.
+    Raises:
+        InputError: data, backbone or folder that can't be used, a folder with another training; `TrainingStopped` for a
+            loss or a gradient that is no number.
     """
     hf_logging.set_verbosity_error()
     folder, kind = spec.folder(), KINDS[spec.kind]
@@ -339,7 +340,7 @@ def train(
 
 @contextmanager
 def _tensorboard_in(folder: Path) -> Iterator[None]:
-    """transformers' callback for TensorBoard takes its folder from this variable alone, when it is made."""
+    """Transformers' callback for TensorBoard takes its folder from this variable alone, when it is made."""
     name = "TENSORBOARD_LOGGING_DIR"
     given = os.environ.get(name)
     try:

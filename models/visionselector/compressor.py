@@ -54,10 +54,9 @@ class ScorerCompressor(Compressor):
     def bind(self, host: Host) -> ScorerCompressor:
         """A copy that holds its scorer, checked against the backbone's width.
 
-        Raises
-        ------
-        InputError: no scorer given nor in the backbone's checkpoint, one of another width, or one that cannot
-            be read.
+        Raises:
+            InputError: no scorer given nor in the backbone's checkpoint, one of another width, or one that cannot be
+                read.
         """
         if self.scorer is not None:
             source, module = self._source, self._module
@@ -81,9 +80,8 @@ class ScorerCompressor(Compressor):
     def score(self, tokens: VisualTokens) -> Tensor:
         """(N,) float32 scores (float64 for float64).
 
-        Raises
-        ------
-        InputError: no scorer, or features of another width.
+        Raises:
+            InputError: no scorer, or features of another width.
         """
         with torch.no_grad():
             return self._on(tokens.features.device)(tokens.features)

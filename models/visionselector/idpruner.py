@@ -51,9 +51,8 @@ class IDPruner(ScorerCompressor):
     def compress(self, tokens: VisualTokens, count: int) -> Selection:
         """Keep `count` of N tokens; scores: the scorer's, (N,).
 
-        Raises
-        ------
-        InputError: no scorer, or features of another width.
+        Raises:
+            InputError: no scorer, or features of another width.
         """
         scores = self.score(tokens)
         kept = pick_order(tokens.features, scores, count, self.balance).sort().values
@@ -64,9 +63,9 @@ class IDPruner(ScorerCompressor):
 def pick_order(features: Tensor, scores: Tensor, count: int, balance: float = 0.5) -> LongTensor:
     """(count,) indices in the order of picking; among equals, up to rounding, the lowest first. O(N D) a pick.
 
-    Parameters
-    ----------
-    features: (N, D). scores: (N,), any scale.
+    Args:
+        features: (N, D).
+        scores: (N,), any scale.
     """
     unit = unit_rows(features)
     low, high = scores.aminmax()

@@ -31,10 +31,9 @@ class Scorer(nn.Module):
     matrix; here the mean is moved inside, which is the same number in O(N D + D h): `s_i = (V_i . Wq'kbar +
     bq . kbar) / sqrt(h)` with `kbar = k(mean_j V_j)`. Source: VisionSelector, arXiv 2510.16598.
 
-    Parameters
-    ----------
-    width: D, the size of a visual token.
-    hidden: h, the size of the projections; half the width where not given, as in the released checkpoints.
+    Args:
+        width: D, the size of a visual token.
+        hidden: h, the size of the projections; half the width where not given, as in the released checkpoints.
     """
 
     def __init__(self, width: int, hidden: int | None = None) -> None:
@@ -56,17 +55,14 @@ class Scorer(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Score the tokens of one scope.
 
-        Parameters
-        ----------
-        features: (N, D) any float dtype, on the parameters' device.
+        Args:
+            features: (N, D) any float dtype, on the parameters' device.
 
-        Returns
-        -------
-        (N,) float64 where the features or the parameters are float64, else float32 (also under autocast).
+        Returns:
+            (N,) float64 where the features or the parameters are float64, else float32 (also under autocast).
 
-        Raises
-        ------
-        InputError: features of another shape.
+        Raises:
+            InputError: features of another shape.
         """
         if features.dim() != 2 or features.shape[1] != self.width:
             raise InputError(f"this scorer takes features of shape (N, {self.width}), got {tuple(features.shape)}")
@@ -87,21 +83,17 @@ class Scorer(nn.Module):
     def from_state(cls, state: Mapping[str, Tensor], source: str = "scorer") -> Scorer:
         """A scorer from its four tensors, its sizes read from their shapes.
 
-        Parameters
-        ----------
-        state: holds `{q,k}_proj.{weight,bias}`, by these names or behind `visual.importance_scorer.` or
-            `model.visual.importance_scorer.`, with `module.` and `_orig_mod.` of a wrapped module before that; other
-            tensors of a checkpoint may stand beside them. The same scorer may be there twice.
-        source: what to call the weights in an error.
+        Args:
+            state: holds `{q,k}_proj.{weight,bias}`, by these names or behind `visual.importance_scorer.` or
+                `model.visual.importance_scorer.`, with `module.` and `_orig_mod.` of a wrapped module before that;
+                other tensors of a checkpoint may stand beside them. The same scorer may be there twice.
+            source: what to call the weights in an error.
 
-        Returns
-        -------
-        A scorer in evaluation mode whose parameters are float32 (float64 for float64) copies without
-        gradient.
+        Returns:
+            A scorer in evaluation mode whose parameters are float32 (float64 for float64) copies without gradient.
 
-        Raises
-        ------
-        InputError: tensors that are missing, do not fit each other, or that this scorer has no place for.
+        Raises:
+            InputError: tensors that are missing, do not fit each other, or that this scorer has no place for.
         """
         scorers = scorer_keys(state, source)
         if not scorers:
@@ -149,9 +141,8 @@ def _row_products(rows: Sequence[Tensor], direction: Tensor) -> Tensor:
 def scorer_keys(names: Iterable[str], source: str = "scorer") -> dict[str, dict[str, str]]:
     """Names of a scorer's tensors in a checkpoint: prefix -> part (`q_proj.weight`, ...) -> name; empty for none.
 
-    Raises
-    ------
-    InputError: a scorer with parts missing, or with parts this scorer has no place for.
+    Raises:
+        InputError: a scorer with parts missing, or with parts this scorer has no place for.
     """
     found: dict[str, dict[str, str]] = {}
     for name in scorer_names(names):
@@ -181,15 +172,14 @@ def scorer_names(names: Iterable[str]) -> list[str]:
 def load_scorer(source: str) -> Scorer:
     """Read a scorer from a file, a folder or the Hugging Face hub, and from there only its own four tensors.
 
-    Parameters
-    ----------
-    source: a `.safetensors` or `.bin` file; a folder with `scorer.safetensors`, or with any such files among whose
-        tensors are a scorer's (see `Scorer.from_state` for the names); a hub id `owner/name` of such a folder, or a
-        name of `released.ALIASES`.
+    Args:
+        source: a `.safetensors` or `.bin` file; a folder with `scorer.safetensors`, or with any such files among whose
+            tensors are a scorer's (see `Scorer.from_state` for the names); a hub id `owner/name` of such a folder, or a
+            name of `released.ALIASES`.
 
-    Raises
-    ------
-    InputError: nothing there, no scorer in it or several that differ, a damaged file, or a hub that cannot be reached.
+    Raises:
+        InputError: nothing there, no scorer in it or several that differ, a damaged file, or a hub that cannot be
+            reached.
     """
     if source in ALIASES and not Path(source).exists():
         source = ALIASES[source]

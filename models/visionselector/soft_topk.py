@@ -23,26 +23,22 @@ def soft_topk(scores: Tensor, k: int | LongTensor, valid: BoolTensor | None = No
     t comes from 64 bisections without gradient; the backward pass is exact all the same (implicit
     differentiation), and the gradient of each row sums to 0. No host synchronisation on an accelerator.
 
-    Parameters
-    ----------
-    scores: (B, N) float. Computed in float64 for float64, in float32 for everything else.
-    k: tokens a row, 0 < k < N: one int for all rows, or (B,) int64.
-    valid: (B, N) bool, False where a ragged row is padded: such places get 0, take no part in the sum and
-        pass no gradient. k must then be smaller than the row's number of valid places.
+    Args:
+        scores: (B, N) float. Computed in float64 for float64, in float32 for everything else.
+        k: tokens a row, 0 < k < N: one int for all rows, or (B,) int64.
+        valid: (B, N) bool, False where a ragged row is padded: such places get 0, take no part in the sum and pass no
+            gradient. k must then be smaller than the row's number of valid places.
 
-    Returns
-    -------
-    (B, N) float32 (float64 for float64), in (0, 1), differentiable in `scores`.
+    Returns:
+        (B, N) float32 (float64 for float64), in (0, 1), differentiable in `scores`.
 
-    Raises
-    ------
-    InputError: shapes that do not fit, or a k out of range where the host can tell (an int against N;
-        everything that lies in CPU memory). An out-of-range k on an accelerator gives a mask of about 0 or
-        about 1.
+    Raises:
+        InputError: shapes that do not fit, or a k out of range where the host can tell (an int against N; everything
+            that lies in CPU memory). An out-of-range k on an accelerator gives a mask of about 0 or about 1.
 
-    Source: VisionSelector, arXiv 2510.16598. Upstream brackets t by the scores -10 and +10, which fails for
-    shares under 4.5e-5; here the bracket widens by log N and always holds. The sum in the backward pass is
-    clamped at 1e-12.
+        Source: VisionSelector, arXiv 2510.16598. Upstream brackets t by the scores -10 and +10, which fails for shares
+            under 4.5e-5; here the bracket widens by log N and always holds. The sum in the backward pass is clamped at
+            1e-12.
     """
     if scores.dim() != 2 or not scores.is_floating_point():
         raise InputError(

@@ -36,11 +36,11 @@ __all__ = [
 class Gates:
     """Soft and hard choices over the tokens of all scopes, one after another (T tokens in all).
 
-    Attributes
-    ----------
-    features: the gated features `M_i * V_i`, one (N_s, D) a scope, in the dtype of the features given.
-    scores: (T,) float32 (float64 for float64). mask: (T,) soft top-k, same dtype, differentiable.
-    hard: (T,) 0 or 1, same dtype, without gradient: the top k of each scope.
+    Attributes:
+        features: the gated features `M_i * V_i`, one (N_s, D) a scope, in the dtype of the features given.
+        scores: (T,) float32 (float64 for float64).
+        mask: (T,) soft top-k, same dtype, differentiable.
+        hard: (T,) 0 or 1, same dtype, without gradient: the top k of each scope.
     """
 
     features: list[Tensor]
@@ -53,11 +53,12 @@ class Gates:
 class SelectorLoss:
     """The composite loss of one micro-batch; all scalars, float32 (float64 for float64).
 
-    Attributes
-    ----------
-    total: task + weight * bce, to be minimised. task: the language model's loss. bce: of the soft against the hard
-        mask, mean over tokens. entropy: mean entropy of the soft mask's entries in nats, without gradient.
-    gates: the masks behind it.
+    Attributes:
+        total: task + weight * bce, to be minimised.
+        task: the language model's loss.
+        bce: of the soft against the hard mask, mean over tokens.
+        entropy: mean entropy of the soft mask's entries in nats, without gradient.
+        gates: the masks behind it.
     """
 
     total: Tensor
@@ -76,11 +77,10 @@ def curriculum(step: int, total: int, start: float = 0.1, end: float = 2.0) -> f
 
 
 def training_count(n: int, budget: Budget, upstream_exact: bool = False) -> int:
-    """k of a scope of `n` tokens: canonical K, or with `upstream_exact` int(r * n) without a floor.
+    """K of a scope of `n` tokens: canonical K, or with `upstream_exact` int(r * n) without a floor.
 
-    Raises
-    ------
-    InputError: k = 0 or k = n, where there is nothing to choose.
+    Raises:
+        InputError: k = 0 or k = n, where there is nothing to choose.
     """
     k = int(budget.ratio * n) if upstream_exact and isinstance(budget, Share) else budget.count(n)
     if not 0 < k < n:
@@ -116,15 +116,13 @@ def gate(
 ) -> Gates:
     """Score each scope, and multiply its tokens by their soft top-k mask.
 
-    Parameters
-    ----------
-    features: (N, D), or one (N_s, D) for each scope; scopes may differ in size and do not see each other.
-    k: tokens to keep, one number for each scope, 0 < k < N_s.
-    scorer: (N, D) -> (N,), as `Scorer`.
+    Args:
+        features: (N, D), or one (N_s, D) for each scope; scopes may differ in size and do not see each other.
+        k: tokens to keep, one number for each scope, 0 < k < N_s.
+        scorer: (N, D) -> (N,), as `Scorer`.
 
-    Raises
-    ------
-    InputError: k out of range.
+    Raises:
+        InputError: k out of range.
     """
     scopes = [features] if isinstance(features, Tensor) else list(features)
     counts = [k] * len(scopes) if isinstance(k, int) else list(k)
@@ -157,13 +155,13 @@ def selector_loss(
 ) -> SelectorLoss:
     """`CE + weight * BCE(M, M_hard)` of one micro-batch.
 
-    Parameters
-    ----------
-    features, k, scorer: as for `gate`. One scope is an image (canonical) or everything together (`upstream_exact`).
-    task_loss: from the gated features, one (N_s, D) a scope, to the language model's scalar loss; 0 where not given.
-    weight: lambda, see `curriculum`.
+    Args:
+        features, k, scorer: as for `gate`. One scope is an image (canonical) or everything together (`upstream_exact`).
+        task_loss: from the gated features, one (N_s, D) a scope, to the language model's scalar loss; 0 where not
+            given.
+        weight: lambda, see `curriculum`.
 
-    Source: arXiv 2510.16598. All N tokens stay in the sequence; only their size changes.
+        Source: arXiv 2510.16598. All N tokens stay in the sequence; only their size changes.
     """
     gates = gate(features, k, scorer)
     bce = mask_bce(gates.mask, gates.hard)

@@ -68,9 +68,8 @@ class Hub:
 class Fetched:
     """What became of one task.
 
-    Attributes
-    ----------
-    state: "fetched" now; "there" before; "embedded", nothing to fetch; "failed", with the reason in `detail`.
+    Attributes:
+        state: "fetched" now; "there" before; "embedded", nothing to fetch; "failed", with the reason in `detail`.
     """
 
     task: str
@@ -83,14 +82,13 @@ def fetch(
 ) -> list[Fetched]:
     """Download what is missing of these tasks (groups give one result for each member) to `root`.
 
-    Parameters
-    ----------
-    hub: where data come from. say: is told what happens, line by line.
+    Args:
+        hub: where data come from.
+        say: is told what happens, line by line.
 
-    Raises
-    ------
-    HubUnreachable: before anything could be loaded, or in between. InputError: an unknown task, or a root that cannot
-        be written. What concerns one task alone is its result, and the others go on.
+    Raises:
+        HubUnreachable: before anything could be loaded, or in between. InputError: an unknown task, or a root that
+            cannot be written. What concerns one task alone is its result, and the others go on.
     """
     hub = hub or Hub()
     folder = Path(root).expanduser().absolute()

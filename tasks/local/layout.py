@@ -33,11 +33,11 @@ from visionselector_eval.tasks.local.videos import Videos, video_folders
 class Local:
     """The documents of one split on disk.
 
-    Attributes
-    ----------
-    kind: "parquet" files; the "disk" layout of `save_to_disk`; "images", an image folder with its metadata.
-    folder: what was found. files: the parquet or Arrow files in order; for an image folder the metadata file.
-    whole: for "disk", whether the folder is a `DatasetDict` (and not the split alone).
+    Attributes:
+        kind: "parquet" files; the "disk" layout of `save_to_disk`; "images", an image folder with its metadata.
+        folder: what was found.
+        files: the parquet or Arrow files in order; for an image folder the metadata file.
+        whole: for "disk", whether the folder is a `DatasetDict` (and not the split alone).
     """
 
     task: str
@@ -224,11 +224,11 @@ def _check_shards(task: str, shards: Sequence[Path]) -> None:
 class LocalTask:
     """One task bound to its local data.
 
-    Attributes
-    ----------
-    upstream: what lmms-eval says. local: the documents. videos: file by the name that documents give (None: missing);
-        None for a task without video files of its own.
-    video_folders: where they were looked for.
+    Attributes:
+        upstream: what lmms-eval says.
+        local: the documents.
+        videos: file by the name that documents give (None: missing); None for a task without video files of its own.
+        video_folders: where they were looked for.
     """
 
     upstream: Upstream
@@ -364,8 +364,7 @@ def layout(task: str, root: str | Path = "DATA_ROOT") -> str:
 
 @contextlib.contextmanager
 def no_use_reports() -> Iterator[None]:
-    """Keep the datasets library from reporting the use of a local loader to a server: without a network that costs up
-    to 3 s a task."""
+    """Keep the datasets library from reporting the use of a local loader to a server (3 s a task offline)."""
     import datasets
 
     counting = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS

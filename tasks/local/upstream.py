@@ -97,14 +97,16 @@ _Reader.add_constructor("!function", _function)
 class Upstream:
     """Where upstream has the data of one task, from its task file.
 
-    Attributes
-    ----------
-    task: lmms-eval's name. family: the folder of upstream's tasks that it is defined in, e.g. "mvbench".
-    dataset_path, dataset_name: repository and subset on the hub. split: the one that is asked.
-    kwargs: `dataset_kwargs` of the task file.
-    video_column: the column that names a document's video file, where we know it; see `videos_elsewhere`.
-    joined: the picture column is joined from a second data set of the hub.
-    config: the task file, with its includes. extra: what a group changes in it.
+    Attributes:
+        task: lmms-eval's name.
+        family: the folder of upstream's tasks that it is defined in, e.g. "mvbench".
+        dataset_path, dataset_name: repository and subset on the hub.
+        split: the one that is asked.
+        kwargs: `dataset_kwargs` of the task file.
+        video_column: the column that names a document's video file, where we know it; see `videos_elsewhere`.
+        joined: the picture column is joined from a second data set of the hub.
+        config: the task file, with its includes.
+        extra: what a group changes in it.
     """
 
     task: str
@@ -130,8 +132,10 @@ class Upstream:
 
     @property
     def videos_elsewhere(self) -> Path | None:
-        """The folder in which upstream's own code looks for the videos, for a task whose code does more with them than
-        open a file; such videos are not looked for below a data root."""
+        """The folder in which upstream's own code looks for the videos.
+
+        For a task whose code does more with them than open a file; they are not looked for below a data root.
+        """
         if not self.needs_videos or self.video_column is not None:
             return None
         from huggingface_hub.constants import HF_HOME

@@ -41,18 +41,17 @@ GENERATOR_VERSION = 1
 class Mirror:
     """One embedded benchmark.
 
-    Attributes
-    ----------
-    name: our task name, e.g. "tiny_chartqa".
-    upstream: the lmms-eval task whose prompts and metrics it uses.
-    config: that task's YAML file below lmms-eval's `tasks` folder.
-    split: the split that the upstream task reads.
-    generator: draws one scene.
-    pair: documents a scene (2 for MME and MMBench, else 1).
-    media: where upstream looks for what is shown: the column `image`; the columns `image_1` to `image_7`; a list of
-        `frames` in the column `image`; or a `clip`, an MP4 file.
-    clip: for a clip, the column that names the file (without or with ".mp4").
-    changes: further keys of the task file to replace.
+    Attributes:
+        name: our task name, e.g. "tiny_chartqa".
+        upstream: the lmms-eval task whose prompts and metrics it uses.
+        config: that task's YAML file below lmms-eval's `tasks` folder.
+        split: the split that the upstream task reads.
+        generator: draws one scene.
+        pair: documents a scene (2 for MME and MMBench, else 1).
+        media: where upstream looks for what is shown: the column `image`; the columns `image_1` to `image_7`; a list of
+            `frames` in the column `image`; or a `clip`, an MP4 file.
+        clip: for a clip, the column that names the file (without or with ".mp4").
+        changes: further keys of the task file to replace.
     """
 
     name: str

@@ -58,10 +58,9 @@ def options(rng: np.random.Generator, right: str, others: Sequence[str], count: 
 class Canvas:
     """A picture of `rows` x `columns` cells of 28 pixels on a textured background.
 
-    Parameters
-    ----------
-    base: mean background colour; None draws a muted one at random.
-    rough: strength of the slow texture, in grey levels.
+    Args:
+        base: mean background colour; None draws a muted one at random.
+        rough: strength of the slow texture, in grey levels.
     """
 
     def __init__(

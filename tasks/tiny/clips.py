@@ -1,5 +1,4 @@
-"""The video mirrors: things move, appear one after another or change colour, and no single frame tells which way, in
-what order or from what into what."""
+"""The video mirrors: things move, appear in turn or change colour, and no single frame tells the answer."""
 
 from __future__ import annotations
 

@@ -34,16 +34,15 @@ class Mark:
 class Document:
     """One document of a mirror.
 
-    Attributes
-    ----------
-    row: the upstream columns without the media (JSON types only).
-    image: the picture, RGB, sides multiples of 28; None for a clip.
-    frames: uint8 (T, H, W, 3) of a clip; None for a picture.
-    more: further pictures of the same question, after `image`.
-    answer: a response that upstream's metric gives full marks.
-    wrong: a plausible response that upstream's metric gives nothing.
-    marks: where the information is.
-    questions: other (question, short answer) pairs about the same media, open ones included, for training.
+    Attributes:
+        row: the upstream columns without the media (JSON types only).
+        image: the picture, RGB, sides multiples of 28; None for a clip.
+        frames: uint8 (T, H, W, 3) of a clip; None for a picture.
+        more: further pictures of the same question, after `image`.
+        answer: a response that upstream's metric gives full marks.
+        wrong: a plausible response that upstream's metric gives nothing.
+        marks: where the information is.
+        questions: other (question, short answer) pairs about the same media, open ones included, for training.
     """
 
     row: dict[str, Any]

@@ -20,9 +20,8 @@ class Engine(Protocol):
     def device(self, asked: str) -> str:
         """The device that units run on: `auto` made definite.
 
-        Raises
-        ------
-        InputError: where it is known not to be there.
+        Raises:
+            InputError: where it is known not to be there.
         """
         ...
 
@@ -43,9 +42,8 @@ ENGINES = ("local", "ray")
 def engine(name: str, workers: int | None = None) -> Engine:
     """The engine of that name.
 
-    Raises
-    ------
-    InputError: unknown name, or `ray` where it is not installed.
+    Raises:
+        InputError: unknown name, or `ray` where it is not installed.
     """
     if name == "local":
         from visionselector_eval.harness.sweep.engines.local import Local

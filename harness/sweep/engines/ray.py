@@ -28,9 +28,8 @@ _TRIES = 3  # workers that one unit may lose before it is given up
 class Ray:
     """Runs units on the workers of a Ray cluster: the one that RAY_ADDRESS names, else one made on this machine.
 
-    Parameters
-    ----------
-    workers: units at once; None takes one for each GPU, or one for each two CPU cores where there is no GPU.
+    Args:
+        workers: units at once; None takes one for each GPU, or one for each two CPU cores where there is no GPU.
     """
 
     def __init__(self, workers: int | None = None) -> None:

@@ -17,9 +17,9 @@ from visionselector_eval.harness.training.tiny.network import Network
 def write_checkpoint(model: Any, folder: Path, family: type[Network] = Network) -> None:
     """Weights in bfloat16, tokenizer with chat template, processors.
 
-    Parameters
-    ----------
-    model: as `family.create` makes it; it is bfloat16 afterwards. folder: made where it is missing.
+    Args:
+        model: as `family.create` makes it; it is bfloat16 afterwards.
+        folder: made where it is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokens = family.tokenizer()
@@ -88,9 +88,11 @@ def finish_checkpoint(
 ) -> None:
     """Make every weight of a checkpoint bfloat16, and write its card and the log of its training.
 
-    Parameters
-    ----------
-    logs: JSON lines of each stage. figures: what stage evaluate wrote. note: a sentence for the card. family: whose.
+    Args:
+        logs: JSON lines of each stage.
+        figures: what stage evaluate wrote.
+        note: a sentence for the card.
+        family: whose.
     """
     weights = folder / "model.safetensors"
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(weights).items()}

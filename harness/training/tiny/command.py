@@ -65,13 +65,12 @@ def _one_thread() -> Iterator[None]:
 def train_tiny(spec: TinySpec, told: Told | None = None, overwrite: bool = False) -> Path:
     """Run the stages that are not finished yet; the folder of the checkpoint.
 
-    Parameters
-    ----------
-    told: of the stage, the steps done and the steps it has. overwrite: forget what the folder holds.
+    Args:
+        told: of the stage, the steps done and the steps it has.
+        overwrite: forget what the folder holds.
 
-    Raises
-    ------
-    InputError: a folder that can't be written, or that holds a training with other settings.
+    Raises:
+        InputError: a folder that can't be written, or that holds a training with other settings.
     """
     work = Path(spec.output)
     _begin(spec, work, overwrite)

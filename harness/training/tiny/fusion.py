@@ -90,9 +90,9 @@ class FusedNetwork(LlavaNetwork):
 def _windows(tokens: Tensor, cells: Tensor, there: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """(B, windows, D) mean of each window's informative tokens, and (B, windows) how many it has.
 
-    Parameters
-    ----------
-    tokens: (B, h * h, D). cells: (B, n) places of informative ones where `there` says so.
+    Args:
+        tokens: (B, h * h, D).
+        cells: (B, n) places of informative ones where `there` says so.
     """
     b, n, d = tokens.shape
     side = int(n**0.5)

@@ -28,15 +28,14 @@ Question = tuple[str, str, str, int]
 class Lesson:
     """One scene with its questions.
 
-    Attributes
-    ----------
-    pixels: (F, H, W, 3) uint8, F = 1 for a picture.
-    cells: (n,) places of informative tokens in raster order of the token grid.
-    shows: n lists of up to four texts (two of the cell itself, two of what it belongs to); "" for nothing.
-    groups: (n,) tokens of one group carry the same information.
-    questions: (prompt as upstream words it, answer, kind of question, group that tells the answer or -1).
-    asked: the document's own question, the same way.
-    partners: (n,) cell that each cell belongs to, -1 for none.
+    Attributes:
+        pixels: (F, H, W, 3) uint8, F = 1 for a picture.
+        cells: (n,) places of informative tokens in raster order of the token grid.
+        shows: n lists of up to four texts (two of the cell itself, two of what it belongs to); "" for nothing.
+        groups: (n,) tokens of one group carry the same information.
+        questions: (prompt as upstream words it, answer, kind of question, group that tells the answer or -1).
+        asked: the document's own question, the same way.
+        partners: (n,) cell that each cell belongs to, -1 for none.
     """
 
     pixels: np.ndarray

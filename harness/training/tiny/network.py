@@ -90,9 +90,9 @@ def tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Bytes, so that any text is tokenised, plus one token for each frequent phrase and word of the benchmarks.
 
-    Parameters
-    ----------
-    template: chat template. specials, phrases: tokens of another family, which get the last ids.
+    Args:
+        template: chat template.
+        specials, phrases: tokens of another family, which get the last ids.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
@@ -282,13 +282,12 @@ def _answers(x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, layer: Any, aim:
 class Network:
     """The batched forward over the weights of a stock model, and what else differs between families.
 
-    Attributes
-    ----------
-    family: its name in `TinySpec`.
-    clips: it is trained on clips and tall pictures, too; else on square pictures alone.
-    parts: parameters of the stages vision and language, as beginnings of names.
-    guided: layers of the language model as in `GUIDED`.
-    before, after: the prompt around the visual tokens; `after` has a place for the question.
+    Attributes:
+        family: its name in `TinySpec`.
+        clips: it is trained on clips and tall pictures, too; else on square pictures alone.
+        parts: parameters of the stages vision and language, as beginnings of names.
+        guided: layers of the language model as in `GUIDED`.
+        before, after: the prompt around the visual tokens; `after` has a place for the question.
     """
 
     family = "qwen2_5_vl"
@@ -322,9 +321,10 @@ class Network:
     def positions(self, grid: Sequence[int], keep: Tensor, offsets: Tensor, prefix: int) -> Tensor:
         """(axes, B, S) positions of `prefix` tokens, the kept visual tokens, and text that follows them.
 
-        Parameters
-        ----------
-        grid: (t, h, w). keep: (B, K) visual tokens that are shown. offsets: (B, T) place of each token in its question.
+        Args:
+            grid: (t, h, w).
+            keep: (B, K) visual tokens that are shown.
+            offsets: (B, T) place of each token in its question.
         """
         b = len(keep)
         places = visual_positions(grid, prefix, 2)
@@ -334,14 +334,12 @@ class Network:
     def vision(self, pixels: Tensor, cells: Tensor | None = None, partners: Tensor | None = None) -> Any:
         """Visual tokens of pictures or clips of one size.
 
-        Parameters
-        ----------
-        pixels: (B, F, H, W, 3) uint8; F = 1 for a picture, else even.
+        Args:
+            pixels: (B, F, H, W, 3) uint8; F = 1 for a picture, else even.
 
-        Returns
-        -------
-        (B, t * h * w, WIDTH) in raster order; with `cells` and `partners` (B, n), also how far two heads of the last
-        block are from looking from each cell to its partner (-1: none), a mean negative log-likelihood.
+        Returns:
+            (B, t * h * w, WIDTH) in raster order; with `cells` and `partners` (B, n), also how far two heads of the
+            last block are from looking from each cell to its partner (-1: none), a mean negative log-likelihood.
         """
         visual = self.model.model.visual
         b, frames, height, width, _ = pixels.shape
@@ -382,12 +380,13 @@ class Network:
     ) -> Any:
         """Final hidden states of packed prompts.
 
-        Parameters
-        ----------
-        embeds: (B, S, WIDTH). positions: (axes, B, S). segments: (B, S) int64; 0 is seen by all that follows, other
-            numbers only by their own, negative ones are padding. aims: (B, S, S) bool for names of `guided`, from which
-            token two heads of that layer should look where; then the mean negative log-likelihoods of doing so are
-            returned, too.
+        Args:
+            embeds: (B, S, WIDTH).
+            positions: (axes, B, S).
+            segments: (B, S) int64; 0 is seen by all that follows, other numbers only by their own, negative ones are
+                padding.
+            aims: (B, S, S) bool for names of `guided`, from which token two heads of that layer should look where; then
+                the mean negative log-likelihoods of doing so are returned, too.
         """
         core = self.model.model.language_model
         angle = self._angle(positions)

@@ -192,14 +192,14 @@ def train_stage(
     The learning rate rises for 40 steps, stays, and falls to 2 % over the last 45 %. Under torchrun each process takes
     its own scenes and gradients are averaged.
 
-    Parameters
-    ----------
-    size: scenes a step (default: `BATCH`). check: documents a mirror that stage joint answers at every save.
-    advance: told of the number of steps done. family: whose model it is.
+    Args:
+        size: scenes a step (default: `BATCH`).
+        check: documents a mirror that stage joint answers at every save.
+        advance: told of the number of steps done.
+        family: whose model it is.
 
-    Raises
-    ------
-    InputError: a loss that is no number; the last save is kept.
+    Raises:
+        InputError: a loss that is no number; the last save is kept.
     """
     torch.set_num_threads(1)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
