@@ -37,7 +37,7 @@ class HoloV(Compressor):
 
     def __post_init__(self) -> None:
         if self.crops < 0:
-            raise InputError(f"option crops={self.crops!r} of method 'holov' is not usable: give 0 or more")
+            raise InputError(f"invalid option crops={self.crops!r} of method 'holov': expected 0 or more")
 
     def upstream_count(self, n: int, ratio: float) -> int:
         return int(ratio * n)

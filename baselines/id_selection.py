@@ -36,7 +36,7 @@ class IDSelection(Compressor):
 
     def __post_init__(self) -> None:
         if not self.gamma >= 0:
-            raise InputError(f"option gamma={self.gamma!r} of method 'id_selection' is not usable: give 0 or more")
+            raise InputError(f"invalid option gamma={self.gamma!r} of method 'id_selection': expected 0 or more")
 
     def compress(self, tokens: VisualTokens, count: int) -> Selection:
         """Keep `count` of N tokens; scores: the attention, (N,)."""

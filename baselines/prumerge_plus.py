@@ -47,7 +47,7 @@ class PruMergePlus(Compressor):
     def __post_init__(self) -> None:
         if self.neighbours < 0:
             raise InputError(
-                f"option neighbours={self.neighbours!r} of method 'prumerge_plus' is not usable: give 0 or more"
+                f"invalid option neighbours={self.neighbours!r} of method 'prumerge_plus': expected 0 or more"
             )
 
     def upstream_count(self, n: int, ratio: float) -> int:

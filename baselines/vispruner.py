@@ -40,7 +40,7 @@ class VisPruner(Compressor):
     def __post_init__(self) -> None:
         if not 0 <= self.important <= 1:
             raise InputError(
-                f"option important={self.important!r} of method 'vispruner' is not usable: give a share from 0 to 1"
+                f"invalid option important={self.important!r} of method 'vispruner': expected a share from 0 to 1"
             )
 
     def upstream_count(self, n: int, ratio: float) -> int:

@@ -67,7 +67,7 @@ class MediaSettings:
             if any(v is not None and v < 1 for v in (low, high)) or (low and high and low > high):
                 raise InputError(f"pixel bounds {low}..{high} are not usable: give 1 <= min <= max")
         if self.side is not None and self.side < 1:
-            raise InputError(f"side={self.side} is not usable: give a number of pixels, at least 1")
+            raise InputError(f"invalid side={self.side}: expected a number of pixels, at least 1")
         for name, kinds in (("pillow_resize", ("bounded", "rounded")), ("share_pixels", ("shown", "sampled"))):
             if (value := getattr(self, name)) not in (None, *kinds):
                 raise unknown(name, str(value), kinds)

@@ -95,7 +95,7 @@ class CompressedModel(lmms):
         self.setting = Setting(build(method, **resolve_options(method, options, source)), parse_budget(budget))
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 0
         if self.batch_size < 1:
-            raise InputError(f"batch_size={batch_size!r} is not usable: give a whole number of at least 1")
+            raise InputError(f"invalid batch_size={batch_size!r}: expected a whole number of at least 1")
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self._world_size > 1 and torch.cuda.is_available():

@@ -52,7 +52,7 @@ Budget = Share | Tokens
 
 def _wrong(value: object) -> InputError:
     return InputError(
-        f"budget {value!r} is not usable: give a share of visual tokens to keep, 0 < r <= 1 (0.2 or 20%), "
+        f"invalid budget {value!r}: expected a ratio of visual tokens to keep, 0 < r <= 1 (0.2 or 20%), "
         "or an absolute count such as 64tok (in Python: Tokens(64))"
     )
 

@@ -105,7 +105,7 @@ def chained(name: str) -> tuple[str, ...]:
         return ()
     parts = tuple(part.strip() for part in name.split("+"))
     if len(parts) != 2 or not all(parts) or parts[0] == parts[1]:
-        raise InputError(f"method '{name}' is not usable: give one name, or two different ones such as divprune+fastv")
+        raise InputError(f"invalid method '{name}': expected one name, or two different ones such as divprune+fastv")
     return parts
 
 

@@ -18,7 +18,7 @@ class FeatureNorm(ScoreCompressor):
 
     def __post_init__(self) -> None:
         if not self.power > 0:
-            raise InputError(f"option power={self.power!r} of method 'featurenorm' is not usable: give more than 0")
+            raise InputError(f"invalid option power={self.power!r} of method 'featurenorm': expected more than 0")
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """(N,) float32 norms of (N, D) features."""

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     asked = make_spec({"backbones": {"pretrained": arguments.pretrained, "revision": arguments.revision}, **given})
     media = MediaSettings(**asked.media(asked.backbones[0]))
     if arguments.max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens {arguments.max_new_tokens} is not usable: give at least 1")
+        raise InputError(f"invalid --max-new-tokens {arguments.max_new_tokens}: expected at least 1")
     parts: list[dict[str, Any]] = []
     if arguments.image:
         parts.append({"type": "image", "image": read_image(arguments.image)})

@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     action = arguments.action
     if action and (action[0], len(action)) not in (("report", 2), ("compare", 3)):
         usable = " or ".join(_PROFILE_ACTIONS)
-        raise InputError(f"'profile {' '.join(action)}' is not usable: give {usable}, or flags alone to measure")
+        raise InputError(f"invalid 'profile {' '.join(action)}': expected {usable}, or flags alone to measure")
     if action:
         from visionselector_eval.harness.profiler import report
 

@@ -1,4 +1,4 @@
-"""Every row of a run held against one row of it: differences in points with paired intervals."""
+"""Every row of a run compared with one row of it: differences in points with paired intervals."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def against(
     Args:
         cells, samples: the two tables of `load_run`.
         reference: `LABEL` as in the leaderboard, for the row of that label at each budget, or `LABEL@BUDGET`, for one
-            row that all budgets are held against. `full` needs no budget.
-        reference_backbone: whose row, where rows of one backbone are to be held against one of another. Where not
+            row that all budgets are compared with. `full` needs no budget.
+        reference_backbone: whose row, where rows of one backbone are to be compared with one of another. Where not
             given, each backbone's own.
 
     Returns:
@@ -89,7 +89,7 @@ def against(
 def _wanted(
     entries: Mapping[tuple[str, str, str], Mapping[str, Entry]], reference: str, reference_backbone: str | None
 ) -> dict[tuple[str, str], tuple[str, str, str]]:
-    """The row that the rows of a (backbone, budget) are held against."""
+    """The row that the rows of a (backbone, budget) are compared with."""
     backbones, budgets = {key[0] for key in entries}, {key[2] for key in entries}
     if reference_backbone is not None and reference_backbone not in backbones:
         raise unknown("backbone of this run", reference_backbone, sorted(backbones))

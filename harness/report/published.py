@@ -128,7 +128,7 @@ def _checked(row: Mapping[str, Any], place: str) -> _Number:
             raise InputError(f"{place}: {cause}") from error
         if first["type"] == "string_too_short":
             raise InputError(f"{place}: {name} is empty: every number needs one") from error
-        raise InputError(f"{place}: {name} '{row[str(name)]}' is not usable: give {' or '.join(_CERTAINTY)}") from error
+        raise InputError(f"{place}: invalid {name} '{row[str(name)]}': expected {' or '.join(_CERTAINTY)}") from error
 
 
 def aliases(folder: str | Path = FOLDER) -> dict[str, list[str]]:

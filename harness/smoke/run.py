@@ -1,6 +1,6 @@
 """`smoke`: a few documents of each embedded benchmark, compared with a stored expectation. For CI.
 
-A sweep of minutes is run afresh, and its scores, kept tokens and answers are held against a file that an earlier one
+A sweep of minutes is run afresh, and its scores, kept tokens and answers are compared with a file that an earlier one
 wrote. The file says what was asked for; a later run without flags asks for the same.
 """
 
@@ -184,7 +184,7 @@ def tolerance_of(score: float, kept: float, answers: str | None) -> Tolerance:
     """
     for flag, value in (("--score-tolerance", score), ("--kept-tolerance", kept)):
         if not 0 <= value < math.inf:
-            raise InputError(f"{flag} {value:g} is not usable: give 0 or more")
+            raise InputError(f"invalid {flag} {value:g}: expected 0 or more")
     share = {"exact": 0.0, "ignore": 1.0}.get(answers or "")
     if answers is not None and share is None:
         try:
@@ -193,7 +193,7 @@ def tolerance_of(score: float, kept: float, answers: str | None) -> Tolerance:
             share = math.nan
         if not 0 <= share <= 1:
             raise InputError(
-                f"--answers '{answers}' is not usable: give exact, ignore, or the share of answers that may differ, "
+                f"invalid --answers '{answers}': expected exact, ignore, or the share of answers that may differ, "
                 "0.05 or 5%"
             )
     return Tolerance(score, kept, share)

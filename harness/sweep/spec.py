@@ -352,7 +352,7 @@ def _check_generation(key: str, value: Any) -> None:
         fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
         wanted = f"a whole number >= {least}"
     if not fits:
-        raise InputError(f"generation setting {key}={value!r} is not usable: give {wanted}")
+        raise InputError(f"invalid generation setting {key}={value!r}: expected {wanted}")
 
 
 def _all(value: Any, kind: type) -> bool:

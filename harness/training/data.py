@@ -111,7 +111,7 @@ def prepare_cambrian(
     if not root.is_dir():
         raise InputError(f"image_root '{root}' is no folder: give the one that the pictures' paths start from")
     if not 0 < coco_share <= 1:
-        raise InputError(f"coco_share {coco_share} is not usable: give a share, 0 < share <= 1")
+        raise InputError(f"invalid coco_share {coco_share}: expected a ratio, 0 < ratio <= 1")
     paths = MediaPaths(root)
     report = CambrianReport(folder, {name: SourceReport() for name in SOURCES.values()})
     coco: list[tuple[int, int]] = []  # byte offset and line number

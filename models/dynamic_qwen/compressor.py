@@ -50,7 +50,7 @@ class DynamicQwen(DecoderCompressor):
         given = self.predictor
         if not (given is None or isinstance(given, Predictor) or (isinstance(given, str) and given)):
             raise InputError(
-                f"option predictor={given!r} of method 'dynamic_qwen' is not usable: give a folder, "
+                f"invalid option predictor={given!r} of method 'dynamic_qwen': expected a folder, "
                 "a .safetensors or .bin file, or a hub id (in Python also a Predictor)"
             )
         if self.layer < 1:

@@ -232,7 +232,7 @@ class PredictorSpec(CompressorSpec):
     @classmethod
     def _share(cls, value: str) -> str:
         if not isinstance(parse_budget(value), Share):
-            raise InputError(f"budget {value} can't be trained for with dynamic-qwen: give a share, e.g. 0.2")
+            raise InputError(f"invalid budget {value} for training dynamic-qwen: expected a ratio, e.g. 0.2")
         return value
 
 

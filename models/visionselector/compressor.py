@@ -42,7 +42,7 @@ class ScorerCompressor(Compressor):
             self.scorer is None or isinstance(self.scorer, Scorer) or (isinstance(self.scorer, str) and self.scorer)
         ):
             raise InputError(
-                f"option scorer={self.scorer!r} of method '{self.name}' is not usable: give a folder, "
+                f"invalid option scorer={self.scorer!r} of method '{self.name}': expected a folder, "
                 "a .safetensors or .bin file, or a hub id (in Python also a Scorer)"
             )
 

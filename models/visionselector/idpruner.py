@@ -42,7 +42,7 @@ class IDPruner(ScorerCompressor):
         super().__post_init__()
         if not 0 <= self.balance <= 1:
             raise InputError(
-                f"option balance={self.balance!r} of method 'idpruner' is not usable: give a share from 0 to 1"
+                f"invalid option balance={self.balance!r} of method 'idpruner': expected a share from 0 to 1"
             )
 
     def upstream_count(self, n: int, ratio: float) -> int:

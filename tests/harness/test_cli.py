@@ -271,7 +271,7 @@ MISTAKES = {
     **{
         f"budget {b} of {c[0]}": (
             lambda t, m, b=b, c=c: [*c, b],
-            f"budget '?{b}'? is not usable: give a share of visual tokens",
+            f"invalid budget '?{b}'?: expected a ratio of visual tokens",
         )
         for b in ("0", "-1", "1.5", "nan", "abc")
         for c in (["sweep", "--budgets"], ["ask", "?", "--budget"])
@@ -343,7 +343,7 @@ MISTAKES = {
     "list": (lambda t, m: ["list", "task"], "unknown list 'task': did you mean 'tasks'"),
     "no question": (lambda t, m: ["ask"], "question"),
     "image and video": (lambda t, m: ["ask", "?", "--image", "a", "--video", "b"], "not allowed with"),
-    "no tokens": (lambda t, m: ["ask", "?", "--max-new-tokens", "0"], "give at least 1"),
+    "no tokens": (lambda t, m: ["ask", "?", "--max-new-tokens", "0"], "expected at least 1"),
     "no run": (lambda t, m: ["report", str(t / "none")], "there is no run folder"),
     "backbone of no row": (
         lambda t, m: ["report", str(t), "--against-backbone", "tiny"],

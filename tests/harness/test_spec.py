@@ -283,15 +283,24 @@ BAD: dict[str, tuple[dict, str]] = {
         "unknown generation setting 'max_new_token': did you mean 'max_new_tokens'",
     ),
     "generation that is no mapping": ({"generation": 3}, "field 'generation'"),
-    "temperature in words": ({"generation": {"temperature": "hot"}}, "temperature='hot' is not usable"),
-    "answers of no tokens": ({"generation": {"max_new_tokens": 0}}, "max_new_tokens=0 is not usable"),
-    "until a number": ({"generation": {"until": 3}}, "until=3 is not usable"),
-    "do_sample in words": ({"generation": {"do_sample": "yes"}}, "do_sample='yes' is not usable"),
+    "temperature in words": (
+        {"generation": {"temperature": "hot"}},
+        "invalid generation setting temperature='hot': expected ",
+    ),
+    "answers of no tokens": (
+        {"generation": {"max_new_tokens": 0}},
+        "invalid generation setting max_new_tokens=0: expected ",
+    ),
+    "until a number": ({"generation": {"until": 3}}, "invalid generation setting until=3: expected "),
+    "do_sample in words": (
+        {"generation": {"do_sample": "yes"}},
+        "invalid generation setting do_sample='yes': expected ",
+    ),
     **{
-        f"budget {value!r}": ({"budgets": [0.2, value]}, "budget .* is not usable: give a share")
+        f"budget {value!r}": ({"budgets": [0.2, value]}, "invalid budget .*: expected a ratio")
         for value in (0, -1, 1.5, math.nan, math.inf, "abc", "0tok", "-3tok", "120%", "", None, True, [0.2], {"a": 1})
     },
-    "budget nan in words": ({"budgets": "nan"}, "budget 'nan' is not usable"),
+    "budget nan in words": ({"budgets": "nan"}, "invalid budget 'nan': expected "),
 }
 
 
@@ -332,7 +341,7 @@ def test_wrong_flags_are_one_clear_line():
         (["--generation", "=3"], "generation setting '=3' is not KEY=VALUE"),
         (["--limit", "few"], "argument --limit: invalid int value: 'few'"),
         (["--budgets"], "argument --budgets: expected at least one argument"),
-        (["--budgets", "-1"], "budget '-1' is not usable"),
+        (["--budgets", "-1"], "invalid budget '-1': expected "),
         (["--budget", "0.2"], "unknown argument '--budget': did you mean --budgets"),
         (["--overwrite", "--replace-stale"], "not allowed with argument"),
         (["stray"], "unknown argument 'stray'"),

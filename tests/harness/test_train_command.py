@@ -108,7 +108,10 @@ def test_mirrors_in_blocks_are_all_different(tmp_path, monkeypatch):
         (["prepare-cambrian", "--output", "out"], "needs the file and its pictures"),
         (["prepare-cambrian", "gone.jsonl", "--image-root", ".", "--output", "out"], "'gone.jsonl' is not there"),
         (["prepare-cambrian", "full/x", "--image-root", "gone", "--output", "out"], "is no folder"),
-        (["prepare-cambrian", "full/x", "--image-root", ".", "--output", "out", "--coco-share", "2"], "give a share"),
+        (
+            ["prepare-cambrian", "full/x", "--image-root", ".", "--output", "out", "--coco-share", "2"],
+            "expected a ratio",
+        ),
         (["prepare-cambrian", "full/x", "--image-root", ".", "--output", "out", "--documents", "2"], "no --documents"),
     ],
 )
@@ -276,7 +279,7 @@ def test_train_dynamic_qwen_by_command(mirrors, tmp_path, monkeypatch, capsys):
         (["visionselector", "--data", "DATA", "--spec", "typo.yaml"], "did you mean 'learning_rate'"),
         (["visionselector", "--data", "DATA", "--report-to", "wand"], "did you mean 'wandb'"),
         (["dynamic-qwen", "--data", "DATA", "--layer", "9"], "layers 0 to"),
-        (["dynamic-qwen", "--data", "DATA", "--budget", "16tok"], "give a share"),
+        (["dynamic-qwen", "--data", "DATA", "--budget", "16tok"], "expected a ratio"),
         (["dynamic-qwen", "--data", "DATA", "--hidden", "12"], "hidden a multiple of 8"),
     ],
 )

@@ -158,7 +158,7 @@ def test_a_tower_of_one_size_resizes_by_itself(llava):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"side": 0}, "side=0 is not usable"),
+        ({"side": 0}, "invalid side=0: expected "),
         ({"pillow_resize": "round"}, "unknown pillow_resize 'round': did you mean 'rounded'"),
         ({"share_pixels": "show"}, "unknown share_pixels 'show': did you mean 'shown'"),
     ],

@@ -615,7 +615,7 @@ def test_export_of_what_does_not_fit(tmp_path):
     [
         ({"learning_rat": 1}, "did you mean 'learning_rate'"),
         ({"budget": 1.0}, "keeps every visual token"),
-        ({"budget": 0}, "budget 0 is not usable"),
+        ({"budget": 0}, "invalid budget 0: expected "),
         ({"data": []}, "on which data"),
         ({"batch_size": 0}, "greater than or equal to 1"),
         ({"report_to": "tensorbord"}, "did you mean 'tensorboard'"),

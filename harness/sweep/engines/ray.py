@@ -34,7 +34,7 @@ class Ray:
 
     def __init__(self, workers: int | None = None) -> None:
         if workers is not None and workers < 1:
-            raise InputError(f"--workers {workers} is not usable: give at least 1")
+            raise InputError(f"invalid --workers {workers}: expected at least 1")
         if not ray.is_initialized():
             ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING)
         resources = ray.cluster_resources()

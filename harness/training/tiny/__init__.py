@@ -1,1 +1,1 @@
-"""How the embedded checkpoint is trained from nothing: `train tiny`."""
+"""How the embedded checkpoint is trained from scratch: `train tiny`."""

@@ -42,7 +42,7 @@ license: apache-2.0
 
 # {title}
 
-Trained from nothing on generated pictures; see docs/embedded.md for what it is for, and for the command. A photograph
+Trained from scratch on generated pictures; see docs/embedded.md for what it is for, and for the command. A photograph
 means nothing to it.
 
 Exact match in percent on fresh documents that neither training nor sweeps use, with all visual tokens, by the batched

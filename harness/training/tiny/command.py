@@ -1,4 +1,4 @@
-"""`train tiny`: the embedded checkpoint from nothing, stage after stage."""
+"""`train tiny`: the embedded checkpoint from scratch, stage after stage."""
 
 from __future__ import annotations
 

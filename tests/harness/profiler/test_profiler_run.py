@@ -232,7 +232,7 @@ MISTAKES = {
     "positions with the text": (["--synthetic", "32740"], "more than the model's 32768 positions"),
     "picture": (["--synthetic", "251"], "no picture of 251 visual tokens: try 252"),
     "repeats": (["--repeats", "0"], "--repeats: input should be greater"),
-    "budget": (["--budgets", "1.5"], "budget '1.5' is not usable"),
+    "budget": (["--budgets", "1.5"], "invalid budget '1.5': expected "),
     "method": (["--methods", "divprun"], "unknown method 'divprun': did you mean 'divprune'"),
     "twice": (["--methods", "divprune", "divprune"], "listed twice"),
     "flag": (["--repeat", "3"], "unknown argument '--repeat': did you mean --repeats"),
