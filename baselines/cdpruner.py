@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from visionselector_eval.baselines.contract.base import Compressor, Selection, VisualTokens
@@ -55,7 +55,7 @@ class CDPruner(Compressor):
         else:
             direction = unit.new_zeros(unit.shape[1])
         scores = relevance(unit, -direction if self.negate else direction)
-        return Selection(kept=pick_order(unit, scores, count).sort().values, scores=scores)  # type: ignore[arg-type]
+        return Selection(kept=pick_order(unit, scores, count).sort().values, scores=scores)
 
 
 def relevance(unit: Tensor, direction: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def relevance(unit: Tensor, direction: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pick_order(unit: Tensor, relevance: Tensor, count: int) -> LongTensor:
+def pick_order(unit: Tensor, relevance: Tensor, count: int) -> Tensor:
     """The indices CDPruner picks, in the order of picking; among equals, up to rounding, the lowest. O(N D) a pick.
 
     Greedy maximisation of det(L_S), L = diag(rel) U U' diag(rel). L is never formed: as L = B B' with rows
@@ -88,7 +88,7 @@ def pick_order(unit: Tensor, relevance: Tensor, count: int) -> LongTensor:
         order[step : step + 1] = rows.index[pick]
         if step + 1 < count:
             rows.take(pick, step)
-    return order  # type: ignore[return-value]
+    return order
 
 
 class _Rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 from visionselector_eval.baselines.contract.base import Selection
 from visionselector_eval.baselines.contract.decoder import DecoderCompressor, DecoderView
@@ -51,7 +51,7 @@ class DART(DecoderCompressor):
         pivots = self.image_pivots + self.text_pivots
         return self.image_pivots + pivots * max(1, int(ratio * n / pivots))
 
-    def keep(self, view: DecoderView, members: LongTensor, count: int) -> Selection:
+    def keep(self, view: DecoderView, members: Tensor, count: int) -> Selection:
         if "dart" not in view.memory:  # one pass serves all scopes of a prompt
             keys = view.keys(view.layer - 1)
             norms = keys.to(working_dtype(keys)).abs().sum(1)
@@ -75,7 +75,7 @@ def pick(
     text_pivots: int,
     *,
     set_order: bool = False,
-) -> LongTensor:
+) -> Tensor:
     """The `count` of N visual tokens that DART keeps.
 
     Args:
@@ -102,7 +102,7 @@ def pick(
         free = likeness[:, number].masked_fill(taken, torch.inf)
         picks = free.sort(stable=True).indices[: share + (number < rest)]
         taken.index_fill_(0, picks, True)
-    return torch.sort(taken.to(torch.uint8), descending=True, stable=True).indices[:count]  # type: ignore[return-value]
+    return torch.sort(taken.to(torch.uint8), descending=True, stable=True).indices[:count]
 
 
 def _largest(norms: Tensor, count: int) -> Tensor:

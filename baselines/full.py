@@ -23,4 +23,4 @@ class Full(Compressor):
         return n
 
     def compress(self, tokens: VisualTokens, count: int) -> Selection:
-        return Selection(kept=torch.arange(tokens.features.shape[0], device=tokens.features.device))  # type: ignore[arg-type]
+        return Selection(kept=torch.arange(tokens.features.shape[0], device=tokens.features.device))

@@ -71,7 +71,7 @@ class Fusion2x2(Compressor):
             stays = (sizes > 0) & ~joined
             order = torch.where(stays, places, features.shape[0]).flatten().argsort(stable=True)[: max(count, windows)]
             x, place, size = rows.flatten(0, 1)[order], places.flatten()[order], sizes.flatten()[order]
-        return Selection(kept=place, features=x.to(features.dtype)), size  # type: ignore[arg-type]
+        return Selection(kept=place, features=x.to(features.dtype)), size
 
     def _fused(self, rows: Tensor, mass: Tensor) -> Tensor:
         """(W, D) the members of each window, (W, 4, D), averaged with weights (W, 4); mass 0 counts nothing."""

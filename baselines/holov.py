@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 from visionselector_eval.baselines.contract.base import Compressor, Selection, VisualTokens, traced
 from visionselector_eval.baselines.contract.errors import InputError
@@ -48,11 +48,11 @@ class HoloV(Compressor):
         n = attention.shape[0]
         crops = min(n, self.crops or max(1, int(_CROPS * n / count)))
         kept = pick_order(attention, count, crops).sort().values
-        return Selection(kept=kept, scores=attention)  # type: ignore[arg-type]
+        return Selection(kept=kept, scores=attention)
 
 
 @torch.no_grad()
-def pick_order(attention: Tensor, count: int, crops: int) -> LongTensor:
+def pick_order(attention: Tensor, count: int, crops: int) -> Tensor:
     """(count,) indices by crop and then by descending attention, and last those that full crops had no room for.
 
     Args:
@@ -85,4 +85,4 @@ def pick_order(attention: Tensor, count: int, crops: int) -> LongTensor:
     first = rank < allotted[crop]
     # Chosen by their crops in this order, then the others by attention.
     left = attention[order].masked_fill(first, torch.inf)
-    return order[left.sort(descending=True, stable=True).indices[:count]]  # type: ignore[return-value]
+    return order[left.sort(descending=True, stable=True).indices[:count]]

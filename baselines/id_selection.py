@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 from visionselector_eval.baselines.contract.base import Compressor, Selection, VisualTokens, traced
 from visionselector_eval.baselines.contract.errors import InputError
-from visionselector_eval.baselines.contract.greedy import SimilarityRows, pick_all
-from visionselector_eval.baselines.contract.numerics import first_largest, unit_rows
+from visionselector_eval.baselines.contract.greedy import greedy_pick
+from visionselector_eval.baselines.contract.numerics import unit_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,11 @@ class IDSelection(Compressor):
         """Keep `count` of N tokens; scores: the attention, (N,)."""
         (attention,) = traced(tokens, self.name, "cls|received")
         kept = pick_order(tokens.features, attention, count, self.gamma).sort().values
-        return Selection(kept=kept, scores=attention)  # type: ignore[arg-type]
+        return Selection(kept=kept, scores=attention)
 
 
 @torch.no_grad()
-def pick_order(features: Tensor, importance: Tensor, count: int, gamma: float = 20.0) -> LongTensor:
+def pick_order(features: Tensor, importance: Tensor, count: int, gamma: float = 20.0) -> Tensor:
     """(count,) indices in the order of picking; among equals, up to rounding, the lowest first. O(N D) a pick.
 
     Args:
@@ -56,18 +56,5 @@ def pick_order(features: Tensor, importance: Tensor, count: int, gamma: float = 
     unit = unit_rows(features)
     low, high = importance.aminmax()
     # Where all are equal, all are 1: then only the distances decide.
-    left = torch.where(high > low, (importance - low) / (high - low), 1).to(unit.dtype)
-    if (fused := pick_all(unit, left, gamma, count, fades=True)) is not None:
-        return fused
-    rows = SimilarityRows(unit)
-    order = torch.empty(count, dtype=torch.int64, device=unit.device)
-    for step in range(count):
-        pick = first_largest(left)
-        order[step : step + 1] = pick
-        strength = left[pick]
-        if step + 1 < count:
-            row = rows(pick, left)
-            fade = torch.exp(-gamma * (1 - row).square()) * strength
-            # The picked ones stay at -inf, the others at 0 or more.
-            left = torch.where(left < 0, left, (left - fade).clamp_(min=0)).index_fill_(0, pick, -torch.inf)
-    return order  # type: ignore[return-value]
+    start = torch.where(high > low, (importance - low) / (high - low), 1).to(unit.dtype)
+    return greedy_pick(unit, start, gamma, count, fades=True)

@@ -51,7 +51,7 @@ class Pooling(Compressor):
         weights = inside.to(rows.dtype)
         weights /= weights.sum(dim=1, keepdim=True)
         pooled: Tensor = embedding_bag(index, rows, per_sample_weights=weights, mode="sum")
-        return Selection(kept=kept, features=pooled.to(features.dtype))  # type: ignore[arg-type]
+        return Selection(kept=kept, features=pooled.to(features.dtype))
 
 
 Bin = tuple[int, int, int]  # start, stop, middle

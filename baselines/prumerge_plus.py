@@ -76,7 +76,7 @@ class PruMergePlus(Compressor):
             for part, block in zip(merged.split(_BLOCK), kept.split(_BLOCK), strict=True):
                 near = _nearest(unit, block, neighbours)
                 part += embedding_bag(near, rows, per_sample_weights=attention[near].to(rows.dtype), mode="sum")
-        return Selection(kept=kept, features=tokens.finish(merged), scores=given)  # type: ignore[arg-type]
+        return Selection(kept=kept, features=tokens.finish(merged), scores=given)
 
     def _kept(self, attention: Tensor, count: int) -> Tensor:
         """(count,) ascending indices."""

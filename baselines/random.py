@@ -34,4 +34,4 @@ class Random(Compressor):
         # Drawn on the CPU whatever the features' device: generators of other devices give other numbers.
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         kept = torch.randperm(features.shape[0], generator=generator)[:count].sort().values
-        return Selection(kept=kept.to(features.device, non_blocking=True))  # type: ignore[arg-type]
+        return Selection(kept=kept.to(features.device, non_blocking=True))

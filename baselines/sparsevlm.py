@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 from visionselector_eval.baselines.contract.base import Selection
 from visionselector_eval.baselines.contract.budget import Budget, Share, Tokens
@@ -113,7 +113,7 @@ class SparseVLM(DecoderCompressor):
             counts.append(left)
         return tuple(counts)
 
-    def keep(self, view: DecoderView, members: LongTensor, count: int) -> Selection:
+    def keep(self, view: DecoderView, members: Tensor, count: int) -> Selection:
         words, text = self._words(view)
         if "raters" not in view.memory:
             view.memory["raters"] = raters(view.embeds[view.first_visual], words) if len(words) else None
@@ -140,7 +140,7 @@ class SparseVLM(DecoderCompressor):
         kept = torch.cat([survivors, recycled[centres]])
         features = torch.cat([states[survivors], merged.to(states.dtype)])
         place = kept.sort()
-        return Selection(kept=place.values, features=features[place.indices], scores=relation)  # type: ignore[arg-type]
+        return Selection(kept=place.values, features=features[place.indices], scores=relation)
 
     def _words(self, view: DecoderView) -> tuple[Tensor, Tensor]:
         """Text that may be raters: (T, D) input embeddings and (T,) places among the tokens still there."""
@@ -161,7 +161,7 @@ def merged_into(dropped: int) -> int:
     return int(recycled_of(dropped) / 10) + 1
 
 
-def raters(visual: Tensor, text: Tensor) -> LongTensor:
+def raters(visual: Tensor, text: Tensor) -> Tensor:
     """The text tokens that the visual tokens resemble more than average.
 
     Args:
@@ -178,10 +178,10 @@ def raters(visual: Tensor, text: Tensor) -> LongTensor:
     mean = total / len(visual)
     above = mean > mean.mean()
     above |= ~above.any()
-    return above.nonzero().squeeze(1)  # type: ignore[return-value]
+    return above.nonzero().squeeze(1)
 
 
-def density_peaks(states: Tensor, clusters: int) -> tuple[LongTensor, Tensor]:
+def density_peaks(states: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """Clusters around tokens that are dense and far from denser ones; among equals the lower index comes first.
 
     Args:
@@ -208,7 +208,7 @@ def density_peaks(states: Tensor, clusters: int) -> tuple[LongTensor, Tensor]:
     nearest[centres] = torch.arange(clusters, device=x.device)  # also where two centres are equal
     sizes = nearest.bincount(minlength=clusters)
     merged = x.new_zeros(clusters, width).index_add_(0, nearest, x) / sizes[:, None]
-    return centres, merged  # type: ignore[return-value]
+    return centres, merged
 
 
 def _near_and_far(distances: Tensor, clusters: int) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,7 @@ class ToMe(Compressor):
             left = torch.cat(stays).sort().values  # places are ascending: so are they after this
             x, place, size = x[left], place[left], size[left]
             metric = x if on_features else metric[left]
-        return Selection(kept=place, features=x.to(features.dtype)), size  # type: ignore[arg-type]
+        return Selection(kept=place, features=x.to(features.dtype)), size
 
 
 def _most_similar(metric: Tensor) -> tuple[Tensor, Tensor]:

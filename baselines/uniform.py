@@ -26,4 +26,4 @@ class Uniform(Compressor):
         n = tokens.features.shape[0]
         step = torch.arange(count, device=tokens.features.device)
         # In integers: (i + 0.5) * n / count in floats can fall just short of a whole number.
-        return Selection(kept=(2 * step + 1) * n // (2 * count))  # type: ignore[arg-type]
+        return Selection(kept=(2 * step + 1) * n // (2 * count))

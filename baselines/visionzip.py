@@ -112,7 +112,7 @@ class VisionZip(Compressor):
         kept = torch.cat([dominant, targets]).sort().values
         rows = features[kept]
         rows[torch.searchsorted(kept, targets)] = merged
-        return Selection(kept=kept, features=rows, scores=attention)  # type: ignore[arg-type]
+        return Selection(kept=kept, features=rows, scores=attention)
 
 
 def _complement(n: int, chosen: Tensor) -> Tensor:

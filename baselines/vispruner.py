@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 from visionselector_eval.baselines.contract.base import Compressor, Selection, VisualTokens, traced
 from visionselector_eval.baselines.contract.errors import InputError
@@ -56,11 +56,11 @@ class VisPruner(Compressor):
         if important < count:
             rest = rest[diverse(tokens.rows[rest], count - important)]
             kept = torch.cat([kept, rest])
-        return Selection(kept=kept.sort().values, scores=attention)  # type: ignore[arg-type]
+        return Selection(kept=kept.sort().values, scores=attention)
 
 
 @torch.no_grad()
-def diverse(features: Tensor, count: int) -> LongTensor:
+def diverse(features: Tensor, count: int) -> Tensor:
     """The `count` rows that stay when those most like another one leave, in no order.
 
     Upstream computes all similarities anew in each of the (R - count) / 8 rounds. Here each row's 64 most similar ones
@@ -76,7 +76,7 @@ def diverse(features: Tensor, count: int) -> LongTensor:
     total = unit.shape[0]
     left = torch.arange(total, device=unit.device)
     if total <= count:
-        return left  # type: ignore[return-value]
+        return left
     listed = min(_NEAREST, total)
     nearest = torch.empty(total, listed, dtype=torch.int64, device=unit.device)
     similarity = unit.new_empty(total, listed)
@@ -104,4 +104,4 @@ def diverse(features: Tensor, count: int) -> LongTensor:
         dropped = min(_DROPPED, size - count, even.shape[0])
         order = best.sort(descending=True, stable=True).indices
         left = torch.cat([even[order[dropped:]], odd])
-    return left  # type: ignore[return-value]
+    return left

@@ -21,7 +21,7 @@ from visionselector_eval.models.inputs import MediaSettings, build_inputs
 from visionselector_eval.models.splice import CompressedPrompt, Encoded
 
 if TYPE_CHECKING:
-    from torch import LongTensor
+    from torch import Tensor
 
     from visionselector_eval.models.decoder_view import Entered
 
@@ -180,7 +180,7 @@ class Answerer:
         return self._decode(batch.requests, compressed, seen, tokens)
 
     def _decode(
-        self, requests: Sequence[Request], compressed: CompressedPrompt, seen: Entered, tokens: LongTensor
+        self, requests: Sequence[Request], compressed: CompressedPrompt, seen: Entered, tokens: Tensor
     ) -> list[Answer]:
         tokenizer = self.backbone.processor.tokenizer
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -178,9 +178,9 @@ class DecoderPruning:
         real = last.valid
         gathered = [p.gather(1, last.source).masked_fill(~real, 0) for p in prompt.position_ids]
         return Entered(
-            kept=[kept[alive.cpu()] for kept, alive in zip(prompt.kept, last.alive, strict=True)],  # type: ignore[misc]
+            kept=[kept[alive.cpu()] for kept, alive in zip(prompt.kept, last.alive, strict=True)],
             scores=self._scores,
-            position_ids=torch.stack(gathered),  # type: ignore[arg-type]
+            position_ids=torch.stack(gathered),
             attention_mask=real.to(prompt.attention_mask.dtype),
             layer_lengths=[layout.source.shape[1] for layout in self._at],
             layer_tokens=visual.mean(0).tolist(),
@@ -360,14 +360,14 @@ class DecoderPruning:
     def _select(self, view: PromptView, members: Tensor, count: int) -> Selection:
         """The method's choice among `members`, checked. The prompt's last token stays even where it is visual."""
         if count == len(members):
-            return Selection(kept=torch.arange(count, device=members.device))  # type: ignore[arg-type]
+            return Selection(kept=torch.arange(count, device=members.device))
         ends_visually = bool(view.visual[members[-1]] == len(view.hidden) - 1)
         if ends_visually:
             members, count = members[:-1], count - 1
-        selection = Selection(kept=members[:0])  # type: ignore[arg-type]
+        selection = Selection(kept=members[:0])
         if count:
             with torch.autocast(view.hidden.device.type, enabled=False):
-                selection = self.method.keep(view, members, count)  # type: ignore[arg-type]
+                selection = self.method.keep(view, members, count)
         if selection.kept.dtype != torch.int64 or selection.kept.shape != (count,):
             raise InputError(
                 f"method '{self.method.name}' returned {tuple(selection.kept.shape)} indices of "
@@ -383,7 +383,7 @@ class DecoderPruning:
             if features is not None:
                 features = torch.cat([features, view.hidden[-1:].to(features.dtype)])
             last = selection.kept.new_tensor([len(members)])
-            return Selection(kept=torch.cat([selection.kept, last]), features=features)  # type: ignore[arg-type]
+            return Selection(kept=torch.cat([selection.kept, last]), features=features)
         return selection
 
 

@@ -14,7 +14,7 @@ from visionselector_eval.baselines.contract.numerics import working_dtype
 from visionselector_eval.models.splice import CompressedPrompt
 
 if TYPE_CHECKING:
-    from torch import LongTensor, Tensor
+    from torch import Tensor
 
 
 # Largest number of attention weights held at once while attention is averaged over many queries (float32: 64 MiB).
@@ -131,9 +131,9 @@ class Entered:
         layer_tokens: for each prompt its visual tokens, averaged over the layers, the cost to compare.
     """
 
-    kept: list[LongTensor]
+    kept: list[Tensor]
     scores: list[Tensor | None]
-    position_ids: LongTensor
+    position_ids: Tensor
     attention_mask: Tensor
     layer_lengths: list[int]
     layer_tokens: list[float]

@@ -24,7 +24,7 @@ from visionselector_eval.models.instrumentation import step
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import LongTensor, Tensor
+    from torch import Tensor
 
 
 @dataclass(eq=False)
@@ -72,10 +72,10 @@ class Prompt:
         keys: a name for each prompt, for seeded methods.
     """
 
-    input_ids: LongTensor
+    input_ids: Tensor
     embeds: Tensor
     attention_mask: Tensor
-    position_ids: LongTensor
+    position_ids: Tensor
     visual: Tensor
     question: Tensor
     keys: Sequence[str]
@@ -99,11 +99,11 @@ class CompressedPrompt:
             holds what enters the LLM's first layer.
     """
 
-    input_ids: LongTensor
+    input_ids: Tensor
     embeds: Tensor
     attention_mask: Tensor
-    position_ids: LongTensor
-    kept: list[LongTensor]
+    position_ids: Tensor
+    kept: list[Tensor]
     totals: list[int]
     scores: list[Tensor | None]
     visual: Tensor
@@ -130,7 +130,7 @@ def repad(keep: Tensor) -> tuple[Tensor, Tensor]:
     return source, mask
 
 
-def prompt_key(ids: LongTensor) -> str:
+def prompt_key(ids: Tensor) -> str:
     """A name for a prompt that nobody named: a hash of its token ids (without padding)."""
     return hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16]
 
@@ -170,7 +170,7 @@ def select(tokens: VisualTokens, compressor: Compressor, budget: Budget) -> Sele
     if not 1 <= count <= n:
         raise InputError(f"method '{compressor.name}' asks for {count} of {n} tokens: its count() must give 1..{n}")
     if count == n:
-        return Selection(kept=torch.arange(n, device=tokens.features.device))  # type: ignore[arg-type]
+        return Selection(kept=torch.arange(n, device=tokens.features.device))
     # Methods choose their own precision; a surrounding autocast would halve it behind their back.
     with torch.autocast(tokens.features.device.type, enabled=False):
         selection = compressor.compress(tokens, count)
@@ -199,7 +199,7 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
     device = prompt.embeds.device
     keep = prompt.attention_mask.bool() & ~prompt.visual
     embeds = prompt.embeds.clone()
-    kept_rows: list[LongTensor] = []
+    kept_rows: list[Tensor] = []
     totals: list[int] = []
     scores: list[Tensor | None] = []
     sizes: list[list[tuple[int, int]]] = []
@@ -210,7 +210,7 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
             raise InputError(f"prompt {row} has {len(places)} visual placeholders but {total} visual features")
         totals.append(total)
         if not items:
-            kept_rows.append(torch.empty(0, dtype=torch.int64))  # type: ignore[arg-type]
+            kept_rows.append(torch.empty(0, dtype=torch.int64))
             scores.append(None)
             sizes.append([])
             continue
@@ -230,7 +230,7 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
             raise InputError(f"method '{compressor.name}' returned indices that are not ascending, unique and in range")
         keep[row, places[index]] = True
         embeds[row, places[index]] = torch.cat(features).to(embeds.dtype)
-        kept_rows.append(on_cpu)  # type: ignore[arg-type]
+        kept_rows.append(on_cpu)
         own = [item.features.shape[0] for item in items]
         owner = torch.bucketize(on_cpu, torch.tensor(own).cumsum(0), right=True)
         sizes.append(list(zip(own, owner.bincount(minlength=len(own)).tolist(), strict=True)))
@@ -240,17 +240,17 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
     source, mask = repad(keep)
     positions = prompt.position_ids
     if compressor.renumbers and compressor.upstream_exact and len(positions) == 1 and budget != Share(1.0):
-        positions = (keep.cumsum(1) - 1).clamp_min(0)[None]  # type: ignore[assignment]
+        positions = (keep.cumsum(1) - 1).clamp_min(0)[None]
 
     def gather(tensor: Tensor) -> Tensor:
         return tensor.gather(1, source).masked_fill(~mask, 0)
 
     pad_ids = torch.where(mask, prompt.input_ids.gather(1, source), prompt.input_ids[:, :1])
     return CompressedPrompt(
-        input_ids=pad_ids,  # type: ignore[arg-type]
+        input_ids=pad_ids,
         embeds=embeds.gather(1, source[..., None].expand(-1, -1, embeds.shape[-1])).masked_fill(~mask[..., None], 0),
         attention_mask=mask.to(prompt.attention_mask.dtype),
-        position_ids=torch.stack([gather(p) for p in positions]),  # type: ignore[arg-type]
+        position_ids=torch.stack([gather(p) for p in positions]),
         kept=kept_rows,
         totals=totals,
         scores=scores,

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 from visionselector_eval.baselines.contract.budget import Budget, Share
 from visionselector_eval.baselines.contract.errors import InputError
@@ -109,7 +109,7 @@ class Selection:
         scores: (N,) for pictures, or None.
     """
 
-    kept: LongTensor
+    kept: Tensor
     features: Tensor | None = None
     scores: Tensor | None = None
 
@@ -259,16 +259,21 @@ def traced(tokens: VisualTokens, method: str, *names: str) -> list[Tensor]:
     Raises:
         InputError: where the encoder did not tell one of them.
     """
-    values: dict[str, Tensor] = {}
+    values: list[Tensor] = []
+    missing: list[str] = []
     for name in names:
-        told = (getattr(tokens.trace, field, None) for field in name.split("|"))
-        values[name] = next((value for value in told if value is not None), None)  # type: ignore[assignment]
-    if missing := [name.replace("|", "/") for name, value in values.items() if value is None]:
+        held = (getattr(tokens.trace, field, None) for field in name.split("|"))
+        value: Tensor | None = next((value for value in held if value is not None), None)
+        if value is None:
+            missing.append(name.replace("|", "/"))
+        else:
+            values.append(value)
+    if missing:
         raise InputError(
             f"{method} needs the encoder's {' and '.join(missing)}, which tokens.trace does not hold: use a backbone "
             "that traces its encoder's attention, or a method that reads features alone such as divprune"
         )
-    return list(values.values())
+    return values
 
 
 def weights_digest(module: torch.nn.Module) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from torch import LongTensor
+from torch import Tensor
 
 from visionselector_eval.baselines.contract.base import Compressor, EncoderTrace, Host, Selection, VisualTokens
 from visionselector_eval.baselines.contract.budget import Budget, Share, Tokens
@@ -110,7 +110,7 @@ class IntoDecoder(_Chain, DecoderCompressor):
     def layers(self, depth: int) -> tuple[int, ...]:
         return self.second.layers(depth)
 
-    def keep(self, view: DecoderView, members: LongTensor, count: int) -> Selection:
+    def keep(self, view: DecoderView, members: Tensor, count: int) -> Selection:
         return self.second.keep(view, members, count)
 
 
@@ -156,7 +156,7 @@ class BeforeLLM(_Chain, Compressor):
         left = replace(tokens, features=features, grid=(1, 1, some), trace=trace, project=project)
         second = self.second.compress(left, count)
         changed = features[second.kept] if second.features is None else second.features
-        return Selection(kept=first.kept[second.kept], features=changed, scores=first.scores)  # type: ignore[arg-type]
+        return Selection(kept=first.kept[second.kept], features=changed, scores=first.scores)
 
 
 def chain(first: Compressor, second: Compressor, split: float) -> Compressor:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 from visionselector_eval.baselines.contract.base import Compressor, Host, Selection, Stage, VisualTokens
 from visionselector_eval.baselines.contract.budget import Budget, Share
@@ -82,7 +82,7 @@ class DecoderCompressor(Compressor):
         """Layers (0-based) at whose input tokens are dropped, ascending, 1 <= layer < depth."""
 
     @abstractmethod
-    def keep(self, view: DecoderView, members: LongTensor, count: int) -> Selection:
+    def keep(self, view: DecoderView, members: Tensor, count: int) -> Selection:
         """Choose (and possibly merge) `count` of the M visual tokens of one scope; called where 1 <= count < M.
 
         Args:
@@ -141,7 +141,7 @@ class ScoreDecoder(DecoderCompressor):
     def score(self, view: DecoderView) -> Tensor:
         """(V,) scores in float32 or float64; larger is kept first, ties go to the lower index."""
 
-    def keep(self, view: DecoderView, members: LongTensor, count: int) -> Selection:
+    def keep(self, view: DecoderView, members: Tensor, count: int) -> Selection:
         if ("scores", view.layer) not in view.memory:  # one pass serves all scopes of a prompt
             view.memory["scores", view.layer] = self.score(view)
         scores = view.memory["scores", view.layer][members]

@@ -1,4 +1,4 @@
-"""The kernel of `fused`, in a module of its own: it needs Triton, which is not there for every platform."""
+"""The kernel of `greedy_pick`, in a module of its own: it needs Triton, which not every platform has."""
 
 import triton
 import triton.language as tl

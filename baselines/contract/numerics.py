@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 from torch.nn.functional import normalize
 
 
-def top_k(scores: Tensor, count: int) -> LongTensor:
+def top_k(scores: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest scores, ascending; among equal scores the lower index wins.
 
     Args:
@@ -17,7 +17,7 @@ def top_k(scores: Tensor, count: int) -> LongTensor:
         (count,) int64.
     """
     ranked = torch.sort(torch.nan_to_num(scores, nan=-torch.inf), descending=True, stable=True).indices
-    return ranked[:count].sort().values  # type: ignore[return-value]
+    return ranked[:count].sort().values
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:

@@ -227,7 +227,7 @@ def decoder_cases(
 
         return _Case(
             label or name,
-            lambda: method.keep(fresh(), members, count),  # type: ignore[arg-type]
+            lambda: method.keep(fresh(), members, count),
             None if slow is None else lambda: slow(fresh(), count),
         )
 

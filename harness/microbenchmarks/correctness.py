@@ -10,20 +10,18 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
 
-from visionselector_eval.baselines import available, build, divprune, id_selection
-from visionselector_eval.baselines.contract import fused
+from visionselector_eval.baselines import available, build
 from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.greedy import kernel_works, pick_by_kernel, pick_by_loop
+from visionselector_eval.baselines.contract.numerics import unit_rows
 from visionselector_eval.harness.profiler.workloads import picture
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
 from visionselector_eval.models.loading import load_backbone
 from visionselector_eval.models.tiny import EMBEDDED
-from visionselector_eval.models.visionselector import idpruner
 
 if TYPE_CHECKING:
     from visionselector_eval.models.backbones.base import Backbone
@@ -168,21 +166,15 @@ def exact_rows(n: int, seed: int = 0) -> torch.Tensor:
 
 def kernel_equals_loop(n: int, device: str) -> str:
     """The picking kernel's order of picks is the loop's, with ties and copied rows, at a fifth and a half of `n`."""
-    if not fused.works(torch.device(device)):
+    if not kernel_works(torch.device(device)):
         return "no Triton kernel can be run here"
-    rows = exact_rows(n).to(device)
+    unit = unit_rows(exact_rows(n)).to(device)
     importance = (torch.randint(0, 65, (n,), generator=torch.Generator().manual_seed(1)) / 64).to(device)
     for count in (n // 5, n // 2):
-        cases: list[tuple[ModuleType, tuple[Any, ...]]] = [
-            (divprune, (rows, count)),
-            (idpruner, (rows, importance, count, 0.5)),
-            (id_selection, (rows, importance, count)),
-        ]
-        for module, arguments in cases:
-            fast = module.pick_order(*arguments).tolist()
-            with patch.object(module, "pick_all", lambda *a, **b: None):
-                slow = module.pick_order(*arguments).tolist()
+        for start, weight, fades in ((None, 1.0, False), (importance, 0.5, False), (importance, 20.0, True)):
+            fast = pick_by_kernel(unit, start, weight, count, fades).tolist()
+            slow = pick_by_loop(unit, start, weight, count, fades).tolist()
             if fast != slow:
                 first = next(i for i, (a, b) in enumerate(zip(fast, slow, strict=True)) if a != b)
-                return f"{module.__name__.rpartition('.')[2]}, N={n}, K={count}: pick {first} differs from the loop's"
+                return f"weight {weight}, fades {fades}, N={n}, K={count}: pick {first} differs from the loop's"
     return ""

@@ -99,7 +99,7 @@ class KnownBackbone(Backbone):
             input_ids=ids,
             embeds=torch.zeros(*ids.shape, self.width, device=self.device),
             attention_mask=inputs["attention_mask"],
-            position_ids=torch.zeros(1, *ids.shape, dtype=torch.int64, device=self.device),  # type: ignore[arg-type]
+            position_ids=torch.zeros(1, *ids.shape, dtype=torch.int64, device=self.device),
             visual=visual,
             question=~visual,
             keys=keys,

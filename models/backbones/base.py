@@ -22,7 +22,7 @@ from visionselector_eval.models.instrumentation import step
 from visionselector_eval.models.splice import CompressedPrompt, Encoded, Prompt, prompt_key, splice
 
 if TYPE_CHECKING:
-    from torch import LongTensor, Tensor
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +51,10 @@ class PrefillOutput:
         layer_tokens: for each sample its visual tokens, averaged over the layers: what to compare methods at.
     """
 
-    kept: list[LongTensor]
+    kept: list[Tensor]
     totals: list[int]
     scores: list[Tensor | None]
-    position_ids: LongTensor
+    position_ids: Tensor
     attention_mask: Tensor
     hidden: Tensor
     logits: Tensor
@@ -174,7 +174,7 @@ class Backbone(ABC):
         ).last_hidden_state
         return hidden, self.model.lm_head(hidden[:, -1])
 
-    def stock_generate(self, compressed: CompressedPrompt, **generation: Any) -> LongTensor:
+    def stock_generate(self, compressed: CompressedPrompt, **generation: Any) -> Tensor:
         """New tokens (B, T) by the stock `generate()`."""
         # input_ids go along so that a repetition penalty sees the prompt, as it does in the stock model; they must come
         # before position_ids, whose first dimension would else be taken for the batch size.
@@ -330,7 +330,7 @@ class Backbone(ABC):
             kept=seen.kept,
             totals=compressed.totals,
             scores=seen.scores,
-            position_ids=positions if positions.shape[0] > 1 else positions[0],  # type: ignore[arg-type]
+            position_ids=positions if positions.shape[0] > 1 else positions[0],
             attention_mask=seen.attention_mask,
             hidden=hidden,
             logits=logits.float(),
@@ -339,7 +339,7 @@ class Backbone(ABC):
         )
 
     @torch.no_grad()
-    def run_generate(self, compressed: CompressedPrompt, **generation: Any) -> tuple[LongTensor, Entered]:
+    def run_generate(self, compressed: CompressedPrompt, **generation: Any) -> tuple[Tensor, Entered]:
         """New tokens (B, T) for a prompt from `compress`, and what entered the LLM's layers while it was read.
 
         Raises:
@@ -416,7 +416,7 @@ class Backbone(ABC):
         encoded: Encoded | None = None,
         keys: Sequence[str] | None = None,
         **generation: Any,
-    ) -> LongTensor:
+    ) -> Tensor:
         """Answer with the stock `generate()` on the compressed prompt.
 
         Args:

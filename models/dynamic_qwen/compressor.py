@@ -9,7 +9,7 @@ from functools import cached_property
 from os import PathLike, fspath
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 from visionselector_eval.baselines.contract.base import Host, Selection, weights_digest
 from visionselector_eval.baselines.contract.budget import Budget, Share
@@ -93,7 +93,7 @@ class DynamicQwen(DecoderCompressor):
         vars(bound)["_module"] = module  # seeds the cached property; no field, since it is no option
         return bound
 
-    def keep(self, view: DecoderView, members: LongTensor, count: int) -> Selection:
+    def keep(self, view: DecoderView, members: Tensor, count: int) -> Selection:
         scores = self.score(view.hidden[view.visual[members]])
         return Selection(kept=top_k(scores, count), scores=scores)
 

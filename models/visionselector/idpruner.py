@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 from visionselector_eval.baselines.contract.base import Selection, VisualTokens
 from visionselector_eval.baselines.contract.errors import InputError
-from visionselector_eval.baselines.contract.greedy import SimilarityRows, pick_all
+from visionselector_eval.baselines.contract.greedy import greedy_pick
 from visionselector_eval.baselines.contract.numerics import first_largest, unit_rows
 from visionselector_eval.models.visionselector.compressor import ScorerCompressor
 
@@ -56,11 +56,11 @@ class IDPruner(ScorerCompressor):
         """
         scores = self.score(tokens)
         kept = pick_order(tokens.features, scores, count, self.balance).sort().values
-        return Selection(kept=kept, scores=scores)  # type: ignore[arg-type]
+        return Selection(kept=kept, scores=scores)
 
 
 @torch.no_grad()
-def pick_order(features: Tensor, scores: Tensor, count: int, balance: float = 0.5) -> LongTensor:
+def pick_order(features: Tensor, scores: Tensor, count: int, balance: float = 0.5) -> Tensor:
     """(count,) indices in the order of picking; among equals, up to rounding, the lowest first. O(N D) a pick.
 
     Args:
@@ -74,17 +74,4 @@ def pick_order(features: Tensor, scores: Tensor, count: int, balance: float = 0.
     # is not looked at again.
     first = first_largest(importance)
     importance = (balance * importance).index_fill_(0, first, 2.0)
-    if (fused := pick_all(unit, importance, 1 - balance, count)) is not None:
-        return fused
-    closest = torch.full_like(importance, -torch.inf)
-    rows = SimilarityRows(unit)
-    order = torch.empty(count, dtype=torch.int64, device=unit.device)
-    value = importance.clone()
-    for step in range(count):
-        pick = first_largest(value)
-        order[step : step + 1] = pick
-        if step + 1 < count:
-            torch.maximum(closest, rows(pick, value), out=closest)
-            closest.index_fill_(0, pick, torch.inf)  # never again: +inf survives every later maximum
-            value = torch.where(closest == torch.inf, -torch.inf, importance - (1 - balance) * closest)
-    return order  # type: ignore[return-value]
+    return greedy_pick(unit, importance, 1 - balance, count)

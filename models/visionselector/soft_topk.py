@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import BoolTensor, LongTensor, Tensor
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from visionselector_eval.baselines.contract.errors import InputError
@@ -17,7 +17,7 @@ __all__ = ["soft_topk"]
 _STEPS = 64
 
 
-def soft_topk(scores: Tensor, k: int | LongTensor, valid: BoolTensor | None = None) -> Tensor:
+def soft_topk(scores: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tensor:
     """Differentiable mask `sigmoid(scores + t)` with the t that makes each row sum to k.
 
     t comes from 64 bisections without gradient; the backward pass is exact all the same (implicit
@@ -54,7 +54,7 @@ def _described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def _counts(scores: Tensor, k: int | LongTensor, valid: Tensor | None) -> Tensor:
+def _counts(scores: Tensor, k: int | Tensor, valid: Tensor | None) -> Tensor:
     """(B, 1) `k` in the working dtype, checked as far as the host can without waiting for a device."""
     rows, n = scores.shape
     if isinstance(k, Tensor):

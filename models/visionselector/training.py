@@ -136,7 +136,7 @@ def gate(
     scores = pad_sequence(rows, batch_first=True)
     # Sizes are known here, so that the device is not asked for them.
     valid = (torch.arange(max(sizes))[None] < torch.tensor(sizes)[:, None]).to(scores.device, non_blocking=True)
-    padded = soft_topk(scores, torch.tensor(counts), None if len(set(sizes)) == 1 else valid)  # type: ignore[arg-type]
+    padded = soft_topk(scores, torch.tensor(counts), None if len(set(sizes)) == 1 else valid)
     masks = [row[:n] for row, n in zip(padded, sizes, strict=True)]
     return Gates(
         features=[(mask[:, None] * scope).to(scope.dtype) for mask, scope in zip(masks, scopes, strict=True)],

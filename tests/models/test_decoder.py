@@ -727,9 +727,9 @@ def test_a_chain_is_built_from_its_parts():
         ("fastv+pyramiddrop", {}, "must act before the LLM"),
         ("downsample+fastv", {}, "must act before the LLM"),
         ("divprune+downsample", {}, "can't follow another"),
-        ("divprune+", {}, "give one name, or two different ones"),
-        ("divprune+divprune", {}, "give one name, or two different ones"),
-        ("a+b+c", {}, "give one name, or two different ones"),
+        ("divprune+", {}, "expected one name, or two different ones"),
+        ("divprune+divprune", {}, "expected one name, or two different ones"),
+        ("a+b+c", {}, "expected one name, or two different ones"),
     ],
 )
 def test_a_chain_that_cannot_be_is_one_clear_line(name, options, says):

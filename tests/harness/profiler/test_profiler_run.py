@@ -239,7 +239,7 @@ MISTAKES = {
     "both": (["--random-weights", "qwen2_5_vl_tiny", "--pretrained", "x"], "not both"),
     "task and shape": (["--random-weights", "qwen2_5_vl_tiny", "--task", "tiny_pope"], "use --synthetic N"),
     "limit": (["--limit", "2"], "--limit goes with --task"),
-    "action": (["compare", "a"], "give report FOLDER or compare A B"),
+    "action": (["compare", "a"], "expected report FOLDER or compare A B"),
     "no profile": (["report", "nothing"], "there is no folder 'nothing'"),
     "device": (["--device", "cuda:9"], "is not here"),
     "attention": (["--attn-implementation", "flash_attention_2", "--device", "cpu"], "can't be used"),

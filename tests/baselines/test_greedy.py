@@ -10,21 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from visionselector_eval.baselines import divprune, id_selection
-from visionselector_eval.baselines.contract import fused
-from visionselector_eval.baselines.contract.greedy import _FUSED, pick_all
+from visionselector_eval.baselines.contract import greedy
+from visionselector_eval.baselines.contract.greedy import KERNEL_ROWS, greedy_pick, kernel_works, pick_by_loop
 from visionselector_eval.baselines.contract.numerics import unit_rows
-from visionselector_eval.models.visionselector import idpruner
 
 triton = pytest.importorskip("triton", reason="no Triton for this platform")
 
 # In a process of its own: Triton decides whether to interpret when a kernel's module is imported.
 SAME = """
 import torch
-from visionselector_eval.baselines import divprune, id_selection
-from visionselector_eval.baselines.contract import fused
-from visionselector_eval.baselines.contract.greedy import pick_all
-from visionselector_eval.models.visionselector import idpruner
+from visionselector_eval.baselines.contract.greedy import pick_by_kernel, pick_by_loop
+from visionselector_eval.baselines.contract.numerics import unit_rows
 
 def rows(n, kind, generator):
     features = torch.randn(n, 12, generator=generator)
@@ -32,32 +28,28 @@ def rows(n, kind, generator):
         features = features[torch.randint(max(1, n // 3), (n,), generator=generator)]
     if kind == "zeros":
         features[torch.rand(n, generator=generator) < 0.3] = 0
-    return features
+    return unit_rows(features)
 
 
 checked = 0
 kinds = ("plain", "copies", "zeros")
 for seed, (n, kind) in enumerate((n, kind) for n in (1, 2, 3, 31, 32, 33, 150) for kind in kinds):
     generator = torch.Generator().manual_seed(seed)
-    features, importance = rows(n, kind, generator), torch.randn(n, generator=generator)
+    unit, importance = rows(n, kind, generator), torch.rand(n, generator=generator)
     for count in sorted({1, (n + 1) // 2, n}):
-        for module, arguments in (
-            (divprune, (features, count)),
-            (idpruner, (features, importance, count, 0.5)),
-            (idpruner, (features, importance, count, 0.0)),
-            (id_selection, (features, importance.exp(), count, 20.0)),
-            (id_selection, (features, torch.ones(n), count, 3.0)),
+        for arguments in (
+            (unit, None, 1.0, count, False),  # divprune
+            (unit, 0.5 * importance, 0.5, count, False),  # idpruner
+            (unit, 0 * importance, 1.0, count, False),
+            (unit, importance, 20.0, count, True),  # id_selection
+            (unit, torch.ones(n), 3.0, count, True),
         ):
-            slow = module.pick_order(*arguments).tolist()
-            module.pick_all = lambda unit, start, weight, count, fades=False: fused.run(
-                unit, start, weight, count, fades
-            )
-            fast = module.pick_order(*arguments).tolist()
-            module.pick_all = pick_all
-            assert fast == slow, (module.__name__, n, kind, count, fast, slow)
+            slow = pick_by_loop(*arguments).tolist()
+            fast = pick_by_kernel(*arguments).tolist()
+            assert fast == slow, (arguments[2:], n, kind, fast, slow)
             checked += 1
 for fades in (False, True):
-    broken = fused.run(torch.eye(5), torch.full((5,), torch.nan), 1.0, 4, fades)
+    broken = pick_by_kernel(torch.eye(5), torch.full((5,), torch.nan), 1.0, 4, fades)
     assert 0 <= broken.min() <= broken.max() < 5, broken
 print(checked)
 """
@@ -88,11 +80,11 @@ def test_the_kernel_is_built_for_gpus(capability: int, fades: bool) -> None:
         **dict.fromkeys(("weight", "slack"), "fp32"),
     }
     # Triton builds a kernel of its own where an integer is 1.
-    for block, ones in ((32, {"n": 1, "count": 1}), (32, {"count": 1}), (_FUSED, {})):
+    for block, ones in ((32, {"n": 1, "count": 1}), (32, {"count": 1}), (KERNEL_ROWS, {})):
         given = {name: kind for name, kind in types.items() if name not in ones}
         source = ASTSource(picks, given, constexprs={"FADES": fades, "BLOCK": block, **ones})
         built = triton.compile(
-            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": fused.warps(block)}
+            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": greedy.warps(block)}
         )
         assert len(built.asm["cubin"]) > 1000
         assert ".local" not in built.asm["ptx"]
@@ -101,43 +93,32 @@ def test_the_kernel_is_built_for_gpus(capability: int, fades: bool) -> None:
 @pytest.mark.parametrize("n", [1, 7, 16, 100, 133])
 def test_mirrored_products_are_the_products(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     unit = unit_rows(torch.randn(n, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(n)))
-    monkeypatch.setattr(fused, "_MIRRORED", 1)
-    found = fused.cosines(unit)
+    monkeypatch.setattr(greedy, "_MIRRORED", 1)
+    found = greedy.cosines(unit)
     assert torch.allclose(found, unit @ unit.T, atol=1e-14)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("n", [1, 100, 4096, _FUSED])
-def test_on_a_gpu_the_kernel_picks_what_the_loops_pick(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    features = torch.randn(n, 256, device="cuda")
+@pytest.mark.parametrize("n", [1, 100, 4096, KERNEL_ROWS])
+def test_on_a_gpu_the_kernel_picks_what_the_loops_pick(n: int) -> None:
+    unit = unit_rows(torch.randn(n, 256, device="cuda"))
     importance = torch.rand(n, device="cuda")
     count = max(1, n // 5)
-    runs = [
-        (divprune, (features, count)),
-        (idpruner, (features, importance, count)),
-        (id_selection, (features, importance, count)),
-    ]
-    assert fused.works(features.device)
-    for module, arguments in runs:
-        fast = module.pick_order(*arguments).tolist()
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "pick_all", lambda *a, **b: None)
-            slow = module.pick_order(*arguments).tolist()
+    assert kernel_works(unit.device)
+    for start, weight, fades in ((None, 1.0, False), (importance, 0.5, False), (importance, 20.0, True)):
+        fast = greedy_pick(unit, start, weight, count, fades=fades).tolist()
+        slow = pick_by_loop(unit, start, weight, count, fades).tolist()
         # Two sums of the same products differ by rounding, which may break a tie that is none.
-        assert len(set(fast) & set(slow)) > 0.99 * count, module.__name__
-
-
-def test_no_kernel_where_there_is_no_gpu() -> None:
-    assert pick_all(unit_rows(torch.randn(5, 3)), None, 1.0, 2) is None
+        assert len(set(fast) & set(slow)) > 0.99 * count, (weight, fades)
 
 
 def test_without_a_working_triton_the_loops_remain_and_it_is_said_once(monkeypatch, caplog) -> None:
     monkeypatch.setitem(sys.modules, "visionselector_eval.baselines.contract.greedy_kernel", None)
-    fused.works.cache_clear()
+    kernel_works.cache_clear()
     try:
-        assert not fused.works(torch.device("cpu"))
-        assert not fused.works(torch.device("cpu"))
+        assert not kernel_works(torch.device("cpu"))
+        assert not kernel_works(torch.device("cpu"))
     finally:
-        fused.works.cache_clear()
+        kernel_works.cache_clear()
     assert caplog.text.count("picking tokens step by step") == 1
