@@ -122,10 +122,10 @@ def test_a_trained_module_is_used_as_it_stands(weights):
     after = compressor.compress(TOKENS, 5).scores
     assert not torch.equal(before, after)
     meta = VisualTokens(features=TOKENS.features.to("meta"), grid=TOKENS.grid)
-    first = compressor._on(meta.features.device)
-    assert compressor._on(meta.features.device) is first  # copied once
+    first = compressor.module_on(meta.features.device)
+    assert compressor.module_on(meta.features.device) is first  # copied once
     scorer.q_proj.weight.mul_(2)
-    assert compressor._on(meta.features.device) is not first
+    assert compressor.module_on(meta.features.device) is not first
 
 
 def test_scorer_made_in_inference_mode(tmp_path, weights):
@@ -133,7 +133,7 @@ def test_scorer_made_in_inference_mode(tmp_path, weights):
     with torch.inference_mode():
         compressor = build("visionselector", scorer=str(tmp_path))
         assert len(compressor.compress(TOKENS, 3).kept) == 3
-        assert compressor._on(torch.device("meta")).q_proj.weight.device.type == "meta"
+        assert compressor.module_on(torch.device("meta")).q_proj.weight.device.type == "meta"
 
 
 def test_start_of_training():

@@ -605,6 +605,17 @@ def released(name):
     return f"{RELEASED[module]}.{part}"
 
 
+def test_a_predictor_whose_weights_change_is_copied_anew():
+    predictor = tiny_predictor()
+    method = DynamicQwen(predictor=predictor)
+    elsewhere = torch.device("meta")
+    first = method.module_on(elsewhere)
+    assert method.module_on(elsewhere) is first
+    next(predictor.parameters()).mul_(2)
+    assert method.module_on(elsewhere) is not first
+    assert method.module_on(torch.device("cpu")) is predictor
+
+
 def released_state(predictor, prefix="model.image_score_predictor."):
     return {prefix + released(name): tensor for name, tensor in predictor.state_dict().items()}
 
