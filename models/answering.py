@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from visionselector_eval.baselines.contract.base import Compressor
 from visionselector_eval.baselines.contract.budget import Budget
-from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError, one_line
 from visionselector_eval.models.backbones.base import Backbone
 from visionselector_eval.models.generation import cut, generation_arguments
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
@@ -160,8 +160,7 @@ class Answerer:
             raise
         except Exception as error:  # processors refuse a document with whatever exception they meet
             log.debug("the processor refused a batch", exc_info=error)
-            text = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"the checkpoint's processor refused the input ({text[:300]})") from error
+            raise InputError(f"the checkpoint's processor refused the input ({one_line(error)})") from error
 
     def answer(self, batch: PreparedBatch, setting: Setting) -> list[Answer]:
         """Answers of a prepared batch under one setting. All requests of a batch share their generation settings."""

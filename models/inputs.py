@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from visionselector_eval.baselines.contract.errors import InputError, unknown
+from visionselector_eval.baselines.contract.errors import InputError, one_line, unknown
 
 
 class UnsupportedMediaError(InputError):
@@ -167,9 +167,7 @@ def read_video(path: str | Path, settings: MediaSettings) -> tuple[np.ndarray, d
                 if number >= indices[-1]:
                     break
     except (av.FFmpegError, IndexError, ValueError) as error:
-        raise InputError(
-            f"video '{path}' can't be decoded: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from error
+        raise InputError(f"video '{path}' can't be decoded: {one_line(error)}") from error
     if not frames:
         raise InputError(f"video '{path}' has no frames")
     shown = [i for i in indices if i in frames]  # a file may hold fewer frames than its header says
@@ -197,9 +195,7 @@ def read_image(value: Any, *, on_white: bool = False) -> Image.Image:
     except FileNotFoundError:
         raise InputError(f"image '{value}' is not there") from None
     except Exception as error:
-        raise InputError(
-            f"image '{value}' can't be read: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from error
+        raise InputError(f"image '{value}' can't be read: {one_line(error)}") from error
 
 
 def _opaque(image: Image.Image, on_white: bool) -> Image.Image:

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoProcessor, PretrainedCo
 from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
-from visionselector_eval.baselines.contract.errors import InputError, unknown
+from visionselector_eval.baselines.contract.errors import InputError, one_line, unknown
 from visionselector_eval.models.backbones import FAMILIES, Family
 from visionselector_eval.models.tiny import EMBEDDED, checkpoint, embedded
 
@@ -87,11 +87,6 @@ def choose_attention(name: str, device: str, dtype: torch.dtype) -> str:
     return name
 
 
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
 @contextmanager
 def _readable_failures(source: str, what: str) -> Iterator[None]:
     """Anything that goes wrong while a user's checkpoint is read is about that checkpoint: one line, no traceback."""
@@ -101,7 +96,7 @@ def _readable_failures(source: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         log.debug("reading %s failed", source, exc_info=True)
-        raise InputError(f"{what} of '{source}' can't be read: {_one_line(error)}") from error
+        raise InputError(f"{what} of '{source}' can't be read: {one_line(error)}") from error
 
 
 def _locate(source: str) -> str:
@@ -141,7 +136,7 @@ def _config(source: str, located: str, revision: str | None) -> Any:
         return AutoConfig.from_pretrained(located, revision=revision)
     except OSError as error:
         if Path(located).is_dir():
-            raise InputError(f"config.json of '{source}' can't be read: {_one_line(error)}") from error
+            raise InputError(f"config.json of '{source}' can't be read: {one_line(error)}") from error
         offline = " (offline mode is on: HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise InputError(
             f"'{source}' is neither a local folder nor a checkpoint that the hub gave{offline}: check the spelling, "
@@ -154,7 +149,7 @@ def _config(source: str, located: str, revision: str | None) -> Any:
             family = PretrainedConfig.get_config_dict(located, revision=revision)[0].get("model_type")
         if family is not None:
             _family(source, family)
-        raise InputError(f"config.json of '{source}' can't be read: {_one_line(error)}") from error
+        raise InputError(f"config.json of '{source}' can't be read: {one_line(error)}") from error
 
 
 def weight_files(located: str, revision: str | None = None) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -134,9 +134,9 @@ def _readable(whose: str, file: str) -> Iterator[None]:
     except InputError:
         raise
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{whose}: cannot read {file} ({first_line(error)}): fetch it again") from error
+        raise InputError(f"{whose}: cannot read {file} ({one_line(error)}): fetch it again") from error
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        raise _NoTensors(f"{whose}: {file} can't be read as tensors alone ({first_line(error)})") from error
+        raise _NoTensors(f"{whose}: {file} can't be read as tensors alone ({one_line(error)})") from error
 
 
 def _opened(file: Path) -> tuple[list[str], Callable[[str], Tensor]]:
@@ -178,7 +178,7 @@ def _weight_map(index: Path, source: str) -> dict[str, str]:
         return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{source}: {index.name} is damaged ({first_line(error)}): fetch the checkpoint again"
+            f"{source}: {index.name} is damaged ({one_line(error)}): fetch the checkpoint again"
         ) from error
 
 
@@ -204,7 +204,7 @@ def _listing(path: Path, source: str, what: str) -> _Place:
         except Exception:
             raise InputError(
                 f"{what} '{source}' is no local file or folder, and the hub gives none of that id "
-                f"({first_line(error)}): check the id and the connection, or give a local folder"
+                f"({one_line(error)}): check the id and the connection, or give a local folder"
             ) from error
         return _listing(local, str(local), what) if local.is_dir() else _Place([], lambda name: local / name, False)
     names = sorted(name.removeprefix(start) for name in listed if name.startswith(start))
@@ -213,11 +213,6 @@ def _listing(path: Path, source: str, what: str) -> _Place:
         try:
             return Path(hub.hf_hub_download(repository, start + name))
         except Exception as error:
-            raise InputError(f"{what} '{source}': the hub does not give {name} ({first_line(error)})") from error
+            raise InputError(f"{what} '{source}': the hub does not give {name} ({one_line(error)})") from error
 
     return _Place([name for name in names if "/" not in name], fetch, True)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, its kind where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from visionselector_eval.baselines.contract.errors import one_line
 from visionselector_eval.harness.environment import (
     DISTRIBUTION,
     attention,
@@ -83,7 +84,7 @@ def checks(run_folder: str | Path = "runs") -> list[Check]:
             found.extend(section())
         except Exception as error:
             log.debug("check %s broke", name, exc_info=True)
-            found.append(Check(name, False, f"the check itself broke: {_line(error)}", _REINSTALL))
+            found.append(Check(name, False, f"the check itself broke: {one_line(error, kind=True)}", _REINSTALL))
     return found
 
 
@@ -112,11 +113,6 @@ def render(found: Sequence[Check], width: int = 120) -> str:
     console.print(to_table(found))
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__
 
 
 def _python() -> Iterable[Check]:
@@ -199,7 +195,12 @@ def _devices() -> Iterable[Check]:
             name = torch.cuda.get_device_name(index)
             torch.ones(2, device=f"cuda:{index}").sum().item()  # a device can be listed and still unusable
         except RuntimeError as error:
-            yield Check(f"device cuda:{index}", False, _line(error), "see whether another process holds the device")
+            yield Check(
+                f"device cuda:{index}",
+                False,
+                one_line(error, kind=True),
+                "see whether another process holds the device",
+            )
         else:
             yield Check(f"device cuda:{index}", True, f"{name}, {free / gib:.1f} of {total / gib:.1f} GiB free")
 
@@ -221,7 +222,7 @@ def _plugin() -> Iterable[Check]:
     try:
         points[0].load()
     except Exception as error:
-        yield Check("entry point", False, f"{points[0].value} does not load: {_line(error)}", _REINSTALL)
+        yield Check("entry point", False, f"{points[0].value} does not load: {one_line(error, kind=True)}", _REINSTALL)
         return
     yield Check("entry point", True, f"lmms_eval.models: {points[0].value}")
     registry = import_module("lmms_eval.models").MODEL_REGISTRY_V2
@@ -233,7 +234,12 @@ def _plugin() -> Iterable[Check]:
         try:
             found = registry.get_model_class(name)
         except Exception as error:
-            yield Check("lmms-eval model", False, f"{name} is listed but does not import: {_line(error)}", _REINSTALL)
+            yield Check(
+                "lmms-eval model",
+                False,
+                f"{name} is listed but does not import: {one_line(error, kind=True)}",
+                _REINSTALL,
+            )
             continue
         yield Check("lmms-eval model", True, f"{name} -> {found.__name__}")
 
@@ -247,7 +253,7 @@ def _compressors() -> Iterable[Check]:
             compressor_class(name)
         except Exception as error:
             remedy = _REINSTALL if name in BUILTIN else "update or remove the package that provides it"
-            yield Check(f"compressor {name}", False, _line(error), remedy)
+            yield Check(f"compressor {name}", False, one_line(error, kind=True), remedy)
         else:
             good.append(name)
     yield Check("compressors", bool(good), ", ".join(good) or "none can be imported", "" if good else _REINSTALL)
@@ -293,7 +299,7 @@ def _video() -> Iterable[Check]:
         with av.open(buffer) as source:
             shades = [float(frame.to_ndarray(format="rgb24").mean()) for frame in source.decode(video=0)]
     except Exception as error:
-        yield Check("video decoder", False, f"PyAV does not work: {_line(error)}", remedy)
+        yield Check("video decoder", False, f"PyAV does not work: {one_line(error, kind=True)}", remedy)
         return
     right = len(shades) == 4 and all(abs(a - b) < 12 for a, b in zip(shades, (0, 80, 160, 240), strict=True))
     detail = f"PyAV {av.__version__} encoded and decoded {len(shades)} frames"
@@ -320,7 +326,7 @@ def _hub() -> Iterable[Check]:
         except urllib.error.HTTPError:
             outcome.append("")  # an answer, if not a welcome: it is reachable
         except Exception as error:
-            outcome.append(_line(error))
+            outcome.append(one_line(error, kind=True))
 
     # In a thread, because the time limit does not cover a name server that does not answer.
     thread = threading.Thread(target=ask, daemon=True)
@@ -371,7 +377,7 @@ def _nvml() -> Iterable[Check]:
         yield Check(
             "NVML",
             None,
-            f"no device memory or energy readings: {_line(error)}",
+            f"no device memory or energy readings: {one_line(error, kind=True)}",
             "needs an NVIDIA driver; optional",
         )
         return

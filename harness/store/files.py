@@ -82,7 +82,3 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 from pydantic import ValidationError
 
-from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError, one_line
 from visionselector_eval.harness.store.files import (
     canonical_json,
-    first_line,
     plain,
     rename_synced,
     sync_folder,
@@ -136,7 +135,7 @@ class Run:
         except FileNotFoundError:
             return None
         except (OSError, ValidationError) as error:
-            log.warning("cells/%s/cell.json is not a valid record and does not count: %s", digest, first_line(error))
+            log.warning("cells/%s/cell.json is not a valid record and does not count: %s", digest, one_line(error))
             return None
         if record.digest != digest:
             log.warning("cells/%s/cell.json belongs to %s and does not count", digest, record.digest)

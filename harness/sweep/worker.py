@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from visionselector_eval.baselines import build, parse_budget
-from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError, one_line
 from visionselector_eval.models.answering import Answer, Answerer, PreparedBatch, Request, Setting
 from visionselector_eval.models.generation import generation_arguments
 from visionselector_eval.models.inputs import MediaSettings, UnsupportedMediaError
@@ -315,10 +315,9 @@ def _plain(
 def reason_of(error: Exception) -> str:
     """Why a cell failed, in one line."""
     if isinstance(error, InputError):
-        return str(error)
+        return one_line(error)
     log.debug("a cell failed", exc_info=error)
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
         return "out of memory: lower the batch size or max_pixels"
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return one_line(error, kind=True, longest=2000)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError, one_line
 from visionselector_eval.models.backbones.base import Backbone
 from visionselector_eval.models.backbones.llava import Llava
 from visionselector_eval.models.backbones.llava_original import is_original
@@ -242,8 +242,9 @@ def load_fusion(source: str) -> TokenFusion:
         fusion = TokenFusion(config, width, len(last))
         fusion.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"token fusion of '{source}' is damaged ({reason}): train again or restore it") from error
+        raise InputError(
+            f"token fusion of '{source}' is damaged ({one_line(error)}): train again or restore it"
+        ) from error
     return fusion
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError, one_line
 
 _ROLES = {
     "human": "user",
@@ -240,8 +240,7 @@ class ParquetFile:
         try:
             rows = datasets.Dataset.from_parquet(str(path))
         except Exception as error:  # whatever the reader's library raises is about this file
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"{path}: can't be read as parquet ({reason})") from error
+            raise InputError(f"{path}: can't be read as parquet ({one_line(error)})") from error
         if missing := [name for name in _COLUMNS if name not in rows.column_names]:
             raise InputError(f"{path}: column '{missing[0]}' is missing (found {', '.join(rows.column_names)})")
         if isinstance(rows.features["image"], datasets.Image):

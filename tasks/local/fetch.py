@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError, one_line
 from visionselector_eval.tasks.local import layout, upstream, videos
 from visionselector_eval.tasks.suites import load_suites
 
@@ -114,7 +114,7 @@ def fetch(
             if (reason := _unreachable(error)) is not None:
                 raise HubUnreachable(reason, left) from error
             log.debug("could not fetch %s", of.task, exc_info=True)
-            results.append(Fetched(of.task, "failed", _line(error)))
+            results.append(Fetched(of.task, "failed", one_line(error, kind=True)))
         left.remove(of.task)
     return results
 
@@ -282,7 +282,7 @@ def _unpack(parts: Sequence[Path], folder: Path, label: str) -> None:
                     tar.extract(member, folder, filter="data")
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise InputError(
-            f"archive {parts[0].name} is damaged ({_line(error)}): delete it from the hub's cache"
+            f"archive {parts[0].name} is damaged ({one_line(error, kind=True)}): delete it from the hub's cache"
         ) from error
 
 
@@ -351,17 +351,10 @@ def _unreachable(error: BaseException) -> str | None:
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, ConnectionError | LocalEntryNotFoundError):
-            return _line(seen)
+            return one_line(seen, kind=True)
         if type(seen).__module__.startswith("httpx") and type(seen).__name__.endswith(
             ("ConnectError", "Timeout", "TimeoutException", "ProxyError", "NetworkError")
         ):
-            return _line(seen)
+            return one_line(seen, kind=True)
         seen = seen.__cause__
     return None
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, InputError):
-        return text
-    return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__

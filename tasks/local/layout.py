@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError, one_line
 from visionselector_eval.tasks.local.upstream import Upstream, members
 from visionselector_eval.tasks.local.videos import Videos, video_folders
 
@@ -115,8 +115,9 @@ class Local:
         except InputError:
             raise
         except Exception as error:  # pyarrow, json, csv and datasets each have their own
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise InputError(f"task {self.task}: cannot read {self}: {reason}: copy or fetch it again") from error
+            raise InputError(
+                f"task {self.task}: cannot read {self}: {one_line(error)}: copy or fetch it again"
+            ) from error
 
     def override(self) -> dict[str, Any]:
         """Keys of a task file that make upstream's loader read these files."""
