@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := harness models tasks baselines
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-DEMO := --name demo --replace-stale --limit 16 --batch-size 8 --budgets 0.3 0.2 0.1 \
+DEMO := --name demo --existing replace-stale --limit 16 --batch-size 8 --budgets 0.3 0.2 0.1 \
 	--tasks tiny_docvqa_val tiny_chartqa tiny_textvqa_val tiny_pope tiny_mme tiny_scienceqa_img \
 	tiny_mvbench_moving_direction \
 	--methods visionselector visionzip divprune random uniform downsample

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from visionselector_eval.baselines.contract.errors import InputError, one_line
 from visionselector_eval.models.backbones.base import Backbone
 from visionselector_eval.models.generation import cut, generation_arguments
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
+from visionselector_eval.models.requests import Request
 from visionselector_eval.models.splice import CompressedPrompt, Encoded
 
 if TYPE_CHECKING:
@@ -29,26 +30,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Request:
-    """One question.
-
-    Attributes:
-        key: names the document, for seeded methods.
-        messages: gives the conversation (see `build_inputs`) when needed, so that pictures are decoded batch by batch.
-        generation: the task's generation settings.
-        until: strings at which the answer ends.
-        repetition: counts the times that the document is asked, so that each has a sample of its own.
-    """
-
-    key: str
-    messages: Callable[[], Sequence[Mapping[str, Any]]]
-    generation: Mapping[str, Any] = field(default_factory=dict)
-    until: tuple[str, ...] = ()
-    repetition: int = 0
-
-
-@dataclass(frozen=True)
-class Setting:
+class CompressorAtBudget:
     """A compressor at a budget. `seed`, document and repetition choose a sampled answer; greedy ones need none.
 
     Raises:
@@ -141,7 +123,7 @@ class Answerer:
         self.backbone = backbone
         self.settings = settings or MediaSettings()
 
-    def prepare(self, requests: Sequence[Request], settings: Sequence[Setting]) -> PreparedBatch:
+    def prepare(self, requests: Sequence[Request], settings: Sequence[CompressorAtBudget]) -> PreparedBatch:
         """Decode, preprocess and encode a batch once for all `settings`."""
         inputs = self.inputs(requests)
         needs = frozenset().union(*(s.compressor.needs for s in settings))
@@ -162,7 +144,7 @@ class Answerer:
             log.debug("the processor refused a batch", exc_info=error)
             raise InputError(f"the checkpoint's processor refused the input ({one_line(error)})") from error
 
-    def answer(self, batch: PreparedBatch, setting: Setting) -> list[Answer]:
+    def answer(self, batch: PreparedBatch, setting: CompressorAtBudget) -> list[Answer]:
         """Answers of a prepared batch under one setting. All requests of a batch share their generation settings."""
         first = batch.requests[0]
         keys = [r.key for r in batch.requests]

@@ -19,15 +19,15 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-from visionselector_eval.baselines import build, parse_budget
+from visionselector_eval.baselines import Budget, build, parse_budget
 from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.baselines.contract.registry import resolve_options
-from visionselector_eval.models.answering import Answer, Answerer, Request, Setting
+from visionselector_eval.models.answering import Answer, Answerer, CompressorAtBudget
 from visionselector_eval.models.backbones.base import Backbone
-from visionselector_eval.models.generation import named_stops
 from visionselector_eval.models.inputs import MediaSettings, UnsupportedMediaError
 from visionselector_eval.models.loading import default_protocol, load_backbone
-from visionselector_eval.models.protocols import arranged, media_fields, new_tokens
+from visionselector_eval.models.protocols import media_fields, new_tokens
+from visionselector_eval.models.requests import Request, request_of
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class CompressedModel(lmms):
         self,
         pretrained: str | None = None,
         method: str = "full",
-        budget: float | str = 1.0,
+        budget: Budget | float | str = 1.0,
         device: str = "auto",
         dtype: str = "auto",
         attn_implementation: str = "auto",
@@ -92,7 +92,9 @@ class CompressedModel(lmms):
         media = {f.name: options.pop(f.name) for f in dataclasses.fields(MediaSettings) if f.name in options}
         settings = MediaSettings(**media_fields(self.protocol, media))
         source = pretrained if backbone is None else backbone.id
-        self.setting = Setting(build(method, **resolve_options(method, options, source)), parse_budget(budget))
+        self.setting = CompressorAtBudget(
+            build(method, **resolve_options(method, options, source)), parse_budget(budget)
+        )
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 0
         if self.batch_size < 1:
             raise InputError(f"invalid batch_size={batch_size!r}: expected a whole number of at least 1")
@@ -161,17 +163,17 @@ class CompressedModel(lmms):
 
     def _request(self, args: Sequence[Any], repetition: int) -> Request:
         context, to_messages, generation, doc_id, task, split = args
-        generation = new_tokens(self.protocol, task, generation)
         # lmms-eval hands over a method of its task object, which knows what it filled in itself.
         config = getattr(getattr(to_messages, "__self__", None), "config", None)
-        until = named_stops(generation.pop("until", None), getattr(config, "fewshot_delimiter", None))
-
-        def messages() -> list[dict[str, Any]]:
-            asked = ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id])).to_hf_messages()
-            return arranged(self.protocol, asked, context)
-
-        return Request(
-            key=f"{task}/{doc_id}", messages=messages, generation=generation, until=until, repetition=repetition
+        return request_of(
+            task,
+            doc_id,
+            context,
+            lambda: ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id])).to_hf_messages(),
+            generation,
+            protocol=self.protocol,
+            delimiter=getattr(config, "fewshot_delimiter", None),
+            repetition=repetition,
         )
 
     def _log(self, answers: Sequence[Answer], elapsed: float) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image
 
 from visionselector_eval.baselines.contract.errors import InputError, unknown
-from visionselector_eval.models.generation import named_stops
+from visionselector_eval.models.requests import Messages, Request, request_of
 from visionselector_eval.tasks import lmms
 from visionselector_eval.tasks.headline import aggregates, chosen, headline
 from visionselector_eval.tasks.local import hashing, layout, upstream
@@ -76,49 +76,6 @@ class BoundTask:
     def counts(self) -> dict[str, int]:
         """Documents under the limit, by lmms-eval task name."""
         return {name: count_documents(task, self.limit) for name, task in self.tasks.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class DocRequest:
-    """One question as upstream asks it.
-
-    Attributes:
-        task, doc_id: lmms-eval task name and position of the document, the key of its answer.
-        context: the question's text with upstream's prompt (no media), for pictures and logs.
-        generation: generation settings of the task, without `until`; may lack `max_new_tokens` (textvqa_val gives
-            none).
-        until: strings at which the answer ends, as the task itself names them; may be empty.
-    """
-
-    task: str
-    doc_id: int
-    context: str
-    generation: dict[str, Any]
-    until: tuple[str, ...]
-    _build: Callable[[], list[dict[str, Any]]] = field(repr=False)
-
-    def messages(self) -> Any:
-        """The conversation as `lmms_eval.protocol.ChatMessages`; media are read now, so call it batch by batch.
-
-        Pictures are PIL images, videos are paths of files that exist. Raises `DocumentError` for media that are
-        missing or cannot be read (upstream would end the process for some tasks).
-        """
-        try:
-            chat = lmms.lmms_eval().ChatMessages(messages=self._build())
-        # SyntaxError is Pillow's for a broken PNG, AttributeError and TypeError upstream's for a picture that is None.
-        except (
-            OSError,
-            SyntaxError,
-            SystemExit,
-            AttributeError,
-            TypeError,
-            Image.DecompressionBombError,
-        ) as error:
-            raise DocumentError(self.task, self.doc_id, f"its media cannot be read ({_line(error)})") from error
-        for video in chat.extract_media()[1]:
-            if isinstance(video, str) and "://" not in video and not os.path.exists(video):
-                raise DocumentError(self.task, self.doc_id, f"its video {video} does not exist")
-        return chat
 
 
 def bind(
@@ -193,8 +150,19 @@ def bind(
     )
 
 
-def requests(bound: BoundTask) -> list[DocRequest]:
-    """Every question of a bound task in upstream's order, by its own `build_all_requests`; no media are read."""
+def requests(
+    bound: BoundTask, protocol: str = "checkpoint", generation: Mapping[str, Any] | None = None
+) -> list[Request]:
+    """Every question of a bound task in upstream's order, by its own `build_all_requests`; no media are read.
+
+    Their `messages()` read the media, so call it batch by batch: images are PIL images, videos are paths of files that
+    exist. It raises `DocumentError` for media that are missing or can't be read (upstream would end the process for
+    some tasks).
+
+    Args:
+        protocol: how the task is asked.
+        generation: settings over those of the task and of the protocol.
+    """
     made = []
     with one_at_a_time, lmms.quiet():
         for name, task in bound.tasks.items():
@@ -203,27 +171,43 @@ def requests(bound: BoundTask) -> list[DocRequest]:
             except KeyError as error:
                 raise unread_error(task, name, error) from error
             for instance in task.instances:
-                context, to_messages, generation, doc_id, _, split = instance.args
-                settings = dict(generation)
-                until = named_stops(settings.pop("until", None), task.config.fewshot_delimiter)
+                context, to_messages, settings, doc_id, _, split = instance.args
                 made.append(
-                    DocRequest(
-                        task=name,
-                        doc_id=doc_id,
-                        context=context,
-                        generation=settings,
-                        until=until,
-                        _build=partial(_build, task, split, doc_id, to_messages),
+                    request_of(
+                        name,
+                        doc_id,
+                        context,
+                        partial(_messages, task, split, doc_id, to_messages),
+                        settings,
+                        protocol=protocol,
+                        delimiter=task.config.fewshot_delimiter,
+                        overrides=generation,
                     )
                 )
     return made
 
 
-def _build(task: Any, split: str, doc_id: int, to_messages: Callable[[Any], Any]) -> Any:
+def _messages(task: Any, split: str, doc_id: int, to_messages: Callable[[Any], Any]) -> Messages:
+    name = task.config.task
     try:
-        return to_messages(task.dataset[split][doc_id])
+        chat = lmms.lmms_eval().ChatMessages(messages=to_messages(task.dataset[split][doc_id]))
     except KeyError as error:
-        raise unread_error(task, task.config.task, error) from error
+        raise unread_error(task, name, error) from error
+    # SyntaxError is Pillow's for a broken PNG, AttributeError and TypeError upstream's for an image that is None.
+    except (
+        OSError,
+        SyntaxError,
+        SystemExit,
+        AttributeError,
+        TypeError,
+        Image.DecompressionBombError,
+    ) as error:
+        raise DocumentError(name, doc_id, f"its media cannot be read ({_line(error)})") from error
+    for video in chat.extract_media()[1]:
+        if isinstance(video, str) and "://" not in video and not os.path.exists(video):
+            raise DocumentError(name, doc_id, f"its video {video} does not exist")
+    messages: Messages = chat.to_hf_messages()
+    return messages
 
 
 def _unknown_task(name: str, upstream: list[str]) -> InputError:

@@ -9,9 +9,9 @@ from typing import Any
 
 from visionselector_eval.harness.store.run import Run
 from visionselector_eval.harness.sweep.engines import engine
-from visionselector_eval.harness.sweep.run import Progress, SweepResult, run_sweep
-from visionselector_eval.harness.sweep.spec import SweepSpec, make_spec
-from visionselector_eval.harness.sweep.worker import Answered, Event, Unit, answer_unit
+from visionselector_eval.harness.sweep.run import Existing, Progress, SweepResult, run_sweep
+from visionselector_eval.harness.sweep.spec import SweepSpec
+from visionselector_eval.harness.sweep.worker import Answered, Event, WorkUnit, answer_unit
 
 SMALL: dict[str, Any] = {
     "methods": ["divprune", "downsample"],
@@ -27,10 +27,10 @@ class Answering:
     """`answer_unit` that remembers what it was asked and what it answered."""
 
     def __init__(self) -> None:
-        self.units: list[Unit] = []
+        self.units: list[WorkUnit] = []
         self.answers: list[tuple[str, str, int]] = []  # digest, task, document
 
-    def __call__(self, unit: Unit) -> Iterator[Event]:
+    def __call__(self, unit: WorkUnit) -> Iterator[Event]:
         self.units.append(unit)
         for event in answer_unit(unit):
             if isinstance(event, Answered):
@@ -40,14 +40,13 @@ class Answering:
 
 def small(folder: Path, **fields: Any) -> SweepSpec:
     """A spec of a few cells that is written to `folder`."""
-    return make_spec({**SMALL, "output": str(folder), **fields})
+    return SweepSpec.make({**SMALL, "output": str(folder), **fields})
 
 
 def sweep(
     folder: Path,
     *,
-    overwrite: bool = False,
-    replace_stale: bool = False,
+    existing: Existing = "keep",
     answer: Any = answer_unit,
     progress: Progress | None = None,
     **fields: Any,
@@ -56,8 +55,7 @@ def sweep(
     return run_sweep(
         small(folder, **fields),
         engine=engine("local"),
-        overwrite=overwrite,
-        replace_stale=replace_stale,
+        existing=existing,
         answer=answer,
         progress=progress,
     )

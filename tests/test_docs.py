@@ -19,8 +19,7 @@ from pathlib import Path
 import pytest
 from source_tree import ROOT
 
-from visionselector_eval.harness.cli import profile as profile_command
-from visionselector_eval.harness.cli.arguments import spec_from
+from visionselector_eval.harness.cli.arguments import profile_from, spec_from
 from visionselector_eval.harness.cli.commands import COMMANDS
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -80,7 +79,7 @@ def parse_only(arguments: list[str]) -> None:
     if name == "sweep":
         spec_from(parsed)
     elif name == "profile":
-        profile_command._profile_spec(parsed)
+        profile_from(parsed)
 
 
 def check_lmms_eval_arguments(command: list[str]) -> None:
@@ -186,7 +185,7 @@ def test_a_broken_command_would_be_noticed(workplace: Path, capsys: pytest.Captu
 
 def spec_table() -> str:
     """The fields of a sweep as a Markdown table."""
-    from visionselector_eval.harness.cli.arguments import default_text
+    from visionselector_eval.harness.cli.flags import default_text
     from visionselector_eval.harness.sweep.spec import SweepSpec
 
     rows = ["| field | default | what it is |", "|---|---|---|"]
@@ -199,7 +198,7 @@ def spec_table() -> str:
 
 def training_table() -> str:
     """The fields of the trainings as a Markdown table."""
-    from visionselector_eval.harness.training.run import shown_default
+    from visionselector_eval.harness.cli.flags import default_text
     from visionselector_eval.models.training.spec import SPECS
 
     rows = [f"| field | {' | '.join(SPECS)} | what it is |", f"|---|{'---|' * len(SPECS)}---|"]
@@ -207,7 +206,7 @@ def training_table() -> str:
         owners = {kind: spec.model_fields.get(name) for kind, spec in SPECS.items()}
         texts = list(dict.fromkeys(info.description for info in owners.values() if info))
         values = [
-            "-" if info is None else f"`{text}`" if (text := shown_default(info)) else "" for info in owners.values()
+            "-" if info is None else f"`{text}`" if (text := default_text(info)) else "" for info in owners.values()
         ]
         rows.append(table_row(f"`{name}`", *values, " / ".join(texts)))
     return "\n".join(rows) + "\n"

@@ -24,11 +24,11 @@ def unknown(kind: str, name: object, choices: Iterable[str]) -> InputError:
     return InputError(f"unknown {kind} '{name}': {hint}available: {', '.join(known) if known else 'none'}")
 
 
-def one_line(error: BaseException, *, kind: bool = False, longest: int = 300) -> str:
+def one_line(error: BaseException | str, *, kind: bool = False, longest: int = 300) -> str:
     """An error's message on one line; where it has none, its class's name.
 
     Args:
-        error: any exception; libraries' messages often have several lines.
+        error: any exception (libraries' messages often have several lines), or a recorded message.
         kind: put the class's name before the message of an error that is not an `InputError`.
         longest: characters after which it is cut off; the messages of an `InputError` never are.
     """

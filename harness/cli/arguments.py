@@ -7,16 +7,15 @@ import difflib
 import os
 import shutil
 import sys
-import types
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from visionselector_eval.baselines.contract.errors import InputError
-from visionselector_eval.harness.terminal import free_text
+from visionselector_eval.harness.cli.flags import read_flags
 
 if TYPE_CHECKING:
-    from visionselector_eval.harness.sweep.spec import MethodSpec
+    from visionselector_eval.harness.profiler.spec import ProfileSpec
+    from visionselector_eval.harness.sweep.spec import MethodSpec, SweepSpec
 
 
 PROGRAM = "visionselector-eval"
@@ -50,89 +49,68 @@ def example(*commands: str) -> str:
     return "example:\n" + "\n".join(f"  {PROGRAM} {command}" for command in commands)
 
 
-def flag_type(annotation: Any) -> Callable[[str], Any]:
-    options = [a for a in typing.get_args(annotation) if a is not type(None)]
-    if isinstance(annotation, types.UnionType) and options:
-        annotation = options[0]
-    return annotation if annotation in (int, float, str) else str
+class _Renamed(argparse.Action):
+    """A flag of earlier versions: refused with the word that took its place."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, word: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        self.word = word
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> NoReturn:
+        raise InputError(f"{given[-1]} is now --existing {self.word} (see {parser.prog} --help)")
 
 
-def add_spec_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for each field of the spec, so that flags and YAML can't come to differ."""
+def add_existing_flag(parser: argparse.ArgumentParser, about: Mapping[str, str]) -> None:
+    """Add `--existing`: what becomes of results that the output folder holds already.
+
+    Args:
+        about: its words, the default first, each with what it does.
+    """
+    default = next(iter(about))
+    parser.add_argument(
+        "--existing",
+        choices=list(about),
+        default=default,
+        metavar="|".join(about),
+        help="; ".join(f"{word}: {what}" for word, what in about.items()) + f" (default: {default})",
+    )
+    for flag, word in (("only-missing", "keep"), ("replace-stale", "replace-stale"), ("overwrite", "overwrite")):
+        if word in about:
+            parser.add_argument(f"--{flag}", dest="existing", action=_Renamed, word=word)
+
+
+def spec_from(arguments: argparse.Namespace) -> SweepSpec:
+    """The checked sweep that flags and a YAML file make together.
+
+    Raises:
+        InputError: a field, option or value that is invalid.
+    """
     from visionselector_eval.harness.sweep.spec import SweepSpec
 
-    renamed = {"backbones": "pretrained"}
-    for name, info in SweepSpec.model_fields.items():
-        flag = "--" + renamed.get(name, name).replace("_", "-")
-        default = info.get_default(call_default_factory=True)
-        shown = "" if default in (None, [], {}) else f" (default: {default_text(default)})"
-        text = f"{info.description}{shown}".replace("%", "%%")
-        if typing.get_origin(info.annotation) in (list, dict):
-            metavar = {"methods": "NAME[:OPTION=VALUE,...]", "generation": "KEY=VALUE", "metric": "TASK=NAME"}.get(
-                name, name.upper().rstrip("S")
-            )
-            of_items = typing.get_args(info.annotation)[0]
-            kind = int if of_items is int else str
-            parser.add_argument(flag, dest=name, nargs="+", metavar=metavar, type=kind, help=text)
-        else:
-            of_one = free_text if name == "system_prompt" else flag_type(info.annotation)
-            parser.add_argument(flag, dest=name, metavar=name.upper(), type=of_one, help=text)
-
-
-def default_text(default: Any) -> str:
-    if isinstance(default, list):
-        return " ".join(str(getattr(d, "pretrained", getattr(d, "name", d))) for d in default)
-    return str(default)
-
-
-def _value(text: str) -> Any:
-    """A value from the command line as YAML reads it: true, 3, 0.5, text."""
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def _pairs(items: Sequence[str], what: str) -> dict[str, Any]:
-    pairs = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise InputError(f"{what} '{item}' is not KEY=VALUE")
-        pairs[key] = _value(value)
-    return pairs
-
-
-def method_of(text: str) -> Any:
-    name, colon, options = text.partition(":")
-    return {"name": name, "options": _pairs(options.split(","), f"option of method {name}")} if colon else name
-
-
-def spec_from(arguments: argparse.Namespace) -> Any:
-    from visionselector_eval.harness.sweep.spec import SweepSpec, load_spec, make_spec
-
-    given = {name: getattr(arguments, name) for name in SweepSpec.model_fields if getattr(arguments, name) is not None}
-    if "methods" in given:
-        given["methods"] = [method_of(text) for text in given["methods"]]
-    if "metric" in given:
-        given["metric"] = {task: str(name) for task, name in _pairs(given["metric"], "metric").items()}
-    if "generation" in given:
-        given["generation"] = _pairs(given["generation"], "generation setting")
+    given = read_flags(arguments, SweepSpec)
     if "tasks" in given and "suite" not in given:
         given["suite"] = None  # --tasks alone asks for those tasks, whatever suite a spec file names
     asked = [option for option in WEIGHTS if getattr(arguments, option)]
-    if asked and "methods" not in given:
-        if arguments.spec:
-            option, (name, _) = asked[0], WEIGHTS[asked[0]]
-            raise InputError(
-                f"--{option} goes with --methods; in a spec file write methods: [{{name: {name}, {option}: ...}}]"
-            )
-        given["methods"] = [WEIGHTS[option][0] for option in asked]
-    for option in asked:
-        given["methods"] = with_weights(given["methods"], option, getattr(arguments, option))
-    return load_spec(arguments.spec, given) if arguments.spec else make_spec(given)
+    if asked and arguments.spec and "methods" not in given:
+        option, (name, _) = asked[0], WEIGHTS[asked[0]]
+        raise InputError(
+            f"--{option} goes with --methods; in a spec file write methods: [{{name: {name}, {option}: ...}}]"
+        )
+    _fill_in_weights(given, arguments)
+    return SweepSpec.load(arguments.spec, given) if arguments.spec else SweepSpec.make(given)
+
+
+def profile_from(arguments: argparse.Namespace) -> ProfileSpec:
+    """The checked profile that flags make.
+
+    Raises:
+        InputError: a field, option or value that is invalid.
+    """
+    from visionselector_eval.harness.profiler.spec import ProfileSpec
+
+    given = read_flags(arguments, ProfileSpec)
+    _fill_in_weights(given, arguments)
+    return ProfileSpec.make(given)
 
 
 # Flags for the weights of learned methods: the option they fill, the method that is asked for where none is named.
@@ -147,10 +125,19 @@ def add_weight_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{option}", metavar="PATH_OR_ID", help=f"{about}; default: those in the checkpoint")
 
 
+def _fill_in_weights(given: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Give the methods of a spec the weights of the command line; without methods, those that the weights are for."""
+    asked = [option for option in WEIGHTS if getattr(arguments, option)]
+    if asked:
+        given.setdefault("methods", [WEIGHTS[option][0] for option in asked])
+    for option in asked:
+        given["methods"] = with_weights(given["methods"], option, getattr(arguments, option))
+
+
 def with_weights(methods: Sequence[Any], option: str, source: str) -> list[Any]:
     """`methods` with `source` for each that has this option, also as a part of `A+B`; at least one must have it."""
     from visionselector_eval.baselines.contract.registry import options_of
-    from visionselector_eval.harness.sweep.spec import make_method
+    from visionselector_eval.harness.sweep.spec import MethodSpec
 
     plain: list[dict[str, Any]] = [{"name": m, "options": {}} if isinstance(m, str) else m for m in methods]
     taking = [[k for k in options_of(m["name"]) if k == option or k.endswith(f".{option}")] for m in plain]
@@ -163,7 +150,7 @@ def with_weights(methods: Sequence[Any], option: str, source: str) -> list[Any]:
     return [
         {
             **m,
-            "label": m.get("label") or make_method(m).label,
+            "label": m.get("label") or MethodSpec.make(m).label,
             "options": {**dict.fromkeys(keys, source), **m["options"]},
         }
         if keys
@@ -174,13 +161,13 @@ def with_weights(methods: Sequence[Any], option: str, source: str) -> list[Any]:
 
 def chosen_method(arguments: argparse.Namespace) -> MethodSpec:
     """The one method of a command, with the weights that were given for it."""
-    from visionselector_eval.harness.sweep.spec import make_method
+    from visionselector_eval.harness.sweep.spec import MethodSpec, method_from_text
 
-    method = method_of(arguments.method)
+    method = method_from_text(arguments.method)
     for option in WEIGHTS:
         if source := getattr(arguments, option):
             (method,) = with_weights([method], option, source)
-    return make_method(method)
+    return MethodSpec.make(method)
 
 
 def show(text: str) -> None:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from visionselector_eval.baselines.contract.errors import InputError
-from visionselector_eval.harness.terminal import free_text
-
-if TYPE_CHECKING:
-    pass
 from visionselector_eval.harness.cli.arguments import (
     EXIT_OK,
     PROGRAM,
@@ -18,9 +14,10 @@ from visionselector_eval.harness.cli.arguments import (
     add_weight_flags,
     chosen_method,
     example,
-    flag_type,
     show,
 )
+from visionselector_eval.harness.cli.flags import add_flags, read_flags
+from visionselector_eval.harness.terminal import free_text
 
 
 def parser() -> Parser:
@@ -45,31 +42,23 @@ def parser() -> Parser:
     parser.add_argument("--budget", default="1.0", help="share of visual tokens to keep (0.2, 20%%) or a count (64tok)")
     add_weight_flags(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: 128)")
-    for name in ASKING:
-        info = SweepSpec.model_fields[name]
-        parser.add_argument(
-            "--" + name.replace("_", "-"),
-            metavar=name.upper(),
-            type=flag_type(info.annotation),
-            default=info.default,
-            help=f"{info.description}".replace("%", "%%"),
-        )
+    add_flags(parser, {"ask": SweepSpec}, names=ASKING)
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     from visionselector_eval.baselines import build, parse_budget
     from visionselector_eval.baselines.contract.registry import resolve_options
-    from visionselector_eval.harness.sweep.spec import ASKING, make_spec
+    from visionselector_eval.harness.sweep.spec import ASKING, SweepSpec
     from visionselector_eval.models import load_backbone
-    from visionselector_eval.models.answering import Answerer, Request, Setting
+    from visionselector_eval.models.answering import Answerer, CompressorAtBudget, Request
     from visionselector_eval.models.inputs import MediaSettings, read_image, read_video
 
     chosen = chosen_method(arguments)
     options = resolve_options(chosen.name, chosen.options, arguments.pretrained)
     compressor, budget = build(chosen.name, **options), parse_budget(arguments.budget)
-    given = {name: value for name in ASKING if (value := getattr(arguments, name)) is not None}
-    asked = make_spec({"backbones": {"pretrained": arguments.pretrained, "revision": arguments.revision}, **given})
+    given = {name: value for name, value in read_flags(arguments, SweepSpec).items() if name in ASKING}
+    asked = SweepSpec.make({"backbones": {"pretrained": arguments.pretrained, "revision": arguments.revision}, **given})
     media = MediaSettings(**asked.media(asked.backbones[0]))
     if arguments.max_new_tokens < 1:
         raise InputError(f"invalid --max-new-tokens {arguments.max_new_tokens}: expected at least 1")
@@ -86,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.attn_implementation,
         revision=arguments.revision,
     )
-    setting = Setting(backbone.bind(compressor), budget)
+    setting = CompressorAtBudget(backbone.bind(compressor), budget)
     request = Request(
         key=arguments.question,
         messages=lambda: [{"role": "user", "content": parts}],

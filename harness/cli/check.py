@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
 from visionselector_eval.harness.cli.arguments import (
     EXIT_FAILED_CELLS,
     EXIT_OK,

@@ -9,14 +9,21 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from visionselector_eval.baselines.contract.errors import InputError
-from visionselector_eval.harness.terminal import show_what_can_be_shown
-
-if TYPE_CHECKING:
-    pass
-from visionselector_eval.harness.cli import ask, check, doctor, profile, report, smoke, sweep, tasks, train
+from visionselector_eval.harness.cli import (
+    ask,
+    check,
+    data,
+    doctor,
+    export,
+    profile,
+    report,
+    smoke,
+    sweep,
+    tasks,
+    train,
+)
 from visionselector_eval.harness.cli import list as lists
 from visionselector_eval.harness.cli.arguments import (
     EXIT_BAD_INPUT,
@@ -26,6 +33,7 @@ from visionselector_eval.harness.cli.arguments import (
     Parser,
     example,
 )
+from visionselector_eval.harness.terminal import show_what_can_be_shown
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,11 @@ COMMANDS = {
     "smoke": Command(smoke.parser, smoke.run, "a few documents of each benchmark against a stored expectation, for CI"),
     "train": Command(train.parser, train.run, "train a scorer, a predictor, or LLaVA's token fusion"),
     "data": Command(
-        train.data_parser,
-        train.run_data,
+        data.parser,
+        data.run,
         "make training data: from the embedded benchmarks, or Cambrian-737K's subsets",
     ),
-    "export": Command(train.export_parser, train.run_export, "trained weights into a full checkpoint, and back"),
+    "export": Command(export.parser, export.run, "trained weights into a full checkpoint, and back"),
     "list": Command(lists.parser, lists.run, "compressors, backbones, suites, tasks; numbers that papers print"),
     "check": Command(check.parser, check.run, "whether a method keeps the promises of a compressor"),
     "tasks": Command(tasks.parser, tasks.run, "download the data of benchmarks, or say where they belong"),

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from visionselector_eval.baselines.contract.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 from visionselector_eval.harness.cli.arguments import PROGRAM, Parser, add_task_flags, example, show, task_names
 
 

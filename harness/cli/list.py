@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from visionselector_eval.baselines.contract.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 from visionselector_eval.harness.cli.arguments import EXIT_OK, PROGRAM, Parser, example, show
 
 _LISTS = ("compressors", "backbones", "suites", "tasks")

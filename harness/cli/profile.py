@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import argparse
 import logging
-import typing
-from typing import TYPE_CHECKING, Any
 
 from visionselector_eval.baselines.contract.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 from visionselector_eval.harness.cli.arguments import (
     EXIT_FAILED_CELLS,
     EXIT_OK,
     PROGRAM,
-    WEIGHTS,
     Parser,
+    add_existing_flag,
     add_weight_flags,
-    default_text,
     example,
-    flag_type,
-    method_of,
+    profile_from,
     show,
-    with_weights,
 )
+from visionselector_eval.harness.cli.flags import add_flags
 
 log = logging.getLogger(__name__)
 
@@ -49,38 +42,16 @@ def parser() -> Parser:
     )
     actions = " or ".join(_PROFILE_ACTIONS)
     parser.add_argument("action", nargs="*", metavar="ACTION", help=f"{actions}; default: measure")
-    for name, info in ProfileSpec.model_fields.items():
-        default = info.get_default(call_default_factory=True)
-        shown = "" if default in (None, []) else f" (default: {default_text(default)})"
-        many = typing.get_origin(info.annotation) is list
-        metavar = {"methods": "NAME[:OPTION=VALUE,...]", "synthetic": "N", "random_weights": "SHAPE"}.get(
-            name, name.upper()
-        )
-        parser.add_argument(
-            "--" + name.replace("_", "-"),
-            dest=name,
-            nargs="+" if many else None,
-            metavar=metavar,
-            type=int if name == "synthetic" else str if many else flag_type(info.annotation),
-            help=f"{info.description}{shown}".replace("%", "%%"),
-        )
+    add_flags(parser, {"profile": ProfileSpec})
     add_weight_flags(parser)
-    parser.add_argument("--overwrite", action="store_true", help="forget what the folder holds first")
+    add_existing_flag(
+        parser,
+        {
+            "keep": "samples of the folder are kept and what is missing is measured",
+            "overwrite": "forget what the folder holds first",
+        },
+    )
     return parser
-
-
-def _profile_spec(arguments: argparse.Namespace) -> Any:
-    from visionselector_eval.harness.profiler.spec import ProfileSpec, make_profile_spec
-
-    given = {
-        name: getattr(arguments, name) for name in ProfileSpec.model_fields if getattr(arguments, name) is not None
-    }
-    if "methods" in given:
-        given["methods"] = [method_of(text) for text in given["methods"]]
-    for option in [option for option in WEIGHTS if getattr(arguments, option)]:
-        given.setdefault("methods", [WEIGHTS[option][0]])
-        given["methods"] = with_weights(given["methods"], option, getattr(arguments, option))
-    return make_profile_spec(given)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -101,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     from visionselector_eval.harness.profiler.screen import ProfileScreen
 
     with ProfileScreen() as screen:
-        done = run_profile(_profile_spec(arguments), overwrite=arguments.overwrite, progress=screen)
+        done = run_profile(profile_from(arguments), overwrite=arguments.existing == "overwrite", progress=screen)
     show(done.text)
     show(f"profile: {done.folder} (table.md, table.csv, samples.parquet, plots)")
     if done.failed:

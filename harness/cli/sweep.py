@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import argparse
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from visionselector_eval.baselines.contract.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 from visionselector_eval.harness.cli.arguments import (
     EXIT_FAILED_CELLS,
     EXIT_OK,
     PROGRAM,
     Parser,
-    add_spec_flags,
+    add_existing_flag,
     add_weight_flags,
     example,
     screen_width,
     show,
     spec_from,
 )
+from visionselector_eval.harness.cli.flags import add_flags
 
 log = logging.getLogger(__name__)
 
 
 def parser() -> Parser:
+    from visionselector_eval.harness.sweep.spec import SweepSpec
+
     parser = Parser(
         prog=f"{PROGRAM} sweep",
         description="Answer every benchmark with every method at every budget, and print a leaderboard.\n"
@@ -39,7 +39,7 @@ def parser() -> Parser:
         ),
     )
     parser.add_argument("--spec", metavar="FILE", help="YAML with the fields below; flags win over it")
-    add_spec_flags(parser)
+    add_flags(parser, {"sweep": SweepSpec})
     add_weight_flags(parser)
     parser.add_argument(
         "--engine", default="local", metavar="NAME", help="local (this process) or ray (default: local)"
@@ -56,17 +56,14 @@ def parser() -> Parser:
     for flag, what in (("repeats", "timed rounds of every cell"), ("warmup", "rounds before them")):
         help_text = f"with --profile: {what} (default: as for `profile`)"
         parser.add_argument(f"--profile-{flag}", type=int, metavar="N", help=help_text)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="forget this sweep's cells first (by default its finished cells are kept, and what is missing runs)",
-    )
-    which.add_argument(
-        "--replace-stale",
-        action="store_true",
-        help="forget cells of the run folder that were made with other settings, such as an older version of this "
-        "package or other weights, and keep the rest (by default such cells are refused)",
+    add_existing_flag(
+        parser,
+        {
+            "keep": "finished cells of this sweep are kept, the rest runs; cells made with other settings are refused",
+            "replace-stale": "also forget cells made with other settings, such as an older version of this package or "
+            "other weights",
+            "overwrite": "forget this sweep's cells first",
+        },
     )
     return parser
 
@@ -90,13 +87,14 @@ def run(arguments: argparse.Namespace) -> int:
         run, result = run_sweep(
             spec,
             engine=chosen,
-            overwrite=arguments.overwrite,
-            replace_stale=arguments.replace_stale,
+            existing=arguments.existing,
             progress=screen,
         )
     show(write(run.folder).to_terminal(screen_width()))
     show(f"\nrun folder: {run.folder} (leaderboard.md, .csv, .tex, .html)")
-    unmeasured = _profile_of_sweep(spec, run, measuring, arguments.overwrite) if measuring is not None else 0
+    unmeasured = (
+        _profile_of_sweep(spec, run, measuring, arguments.existing == "overwrite") if measuring is not None else 0
+    )
     if result.failed:
         log.error(
             "%d of %d cells failed; run the same command again to retry them", len(result.failed), screen.total_cells
@@ -115,9 +113,9 @@ def _profile_plan(arguments: argparse.Namespace) -> Any:
     if arguments.engine != "local":
         raise InputError("--profile measures on this machine alone: leave --engine out, and profile a finished sweep")
     from visionselector_eval.harness.profiler.run import plan_of
-    from visionselector_eval.harness.profiler.spec import make_profile_spec
+    from visionselector_eval.harness.profiler.spec import ProfileSpec
 
-    return plan_of(make_profile_spec(given))
+    return plan_of(ProfileSpec.make(given))
 
 
 def _profile_of_sweep(spec: Any, run: Any, measuring: Any, overwrite: bool) -> int:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from visionselector_eval.baselines.contract.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 from visionselector_eval.harness.cli.arguments import (
     EXIT_FAILED_CELLS,
     EXIT_OK,

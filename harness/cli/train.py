@@ -1,25 +1,17 @@
-"""`train`, `data` and `export`: weights of learned methods."""
+"""`train`: weights of learned methods."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
-from visionselector_eval.harness.cli.arguments import (
-    EXIT_FAILED_CELLS,
-    EXIT_OK,
-    PROGRAM,
-    Parser,
-    example,
-    flag_type,
-    show,
-)
+from visionselector_eval.baselines.contract.errors import unknown
+from visionselector_eval.harness.cli.arguments import EXIT_OK, PROGRAM, Parser, add_existing_flag, example, show
+from visionselector_eval.harness.cli.flags import add_flags, read_flags, refuse_flags_of_others
+from visionselector_eval.models.settings import Settings
 
 
 def parser() -> Parser:
-    from visionselector_eval.harness.training.run import add_train_flags
+    from visionselector_eval.harness.training.run import KINDS
 
     parser = Parser(
         prog=f"{PROGRAM} train",
@@ -37,60 +29,40 @@ def parser() -> Parser:
             "train token-fusion --stage 2 --pretrained runs/stf-1 --data instructions.jsonl --output runs/stf-2",
         ),
     )
-    add_train_flags(parser, flag_type)
+    parser.add_argument("what", metavar="|".join(KINDS), help="what is trained")
+    parser.add_argument("--spec", metavar="FILE", help="YAML with the fields below; flags win over it")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and say what would run; train nothing")
+    add_existing_flag(
+        parser,
+        {
+            "keep": "resume the training that the output folder holds; one with other settings is refused",
+            "overwrite": "forget the training that the output folder holds",
+        },
+    )
+    add_flags(parser, KINDS)
     return parser
+
+
+def training_from(arguments: argparse.Namespace) -> Settings:
+    """The checked training that flags and a YAML file make together.
+
+    Raises:
+        InputError: an unknown kind, a flag of another kind, an invalid value.
+    """
+    from visionselector_eval.harness.training.run import KINDS
+
+    if arguments.what not in KINDS:
+        raise unknown("training", arguments.what, KINDS)
+    refuse_flags_of_others(arguments, arguments.what, KINDS)
+    kind = KINDS[arguments.what]
+    given = read_flags(arguments, kind)
+    return kind.load(arguments.spec, given) if arguments.spec else kind.make(given)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from visionselector_eval.harness.training.run import run_train
 
-    if text := run_train(arguments):
+    spec = training_from(arguments)
+    if text := run_train(spec, overwrite=arguments.existing == "overwrite", dry_run=arguments.dry_run):
         show(text)
-    return EXIT_OK
-
-
-def data_parser() -> Parser:
-    from visionselector_eval.harness.training.run import add_data_flags
-
-    parser = Parser(
-        prog=f"{PROGRAM} data",
-        description="Make training data. mirrors: conversations from the embedded benchmarks, never those that sweeps\n"
-        "ask. prepare-cambrian: the published recipe's subsets of Cambrian737k.jsonl, pictures checked.",
-        epilog=example(
-            "data mirrors --tasks tiny_docvqa_val tiny_textvqa_val --documents 500 --output data",
-            "data prepare-cambrian Cambrian737k.jsonl --image-root images --output cambrian",
-        ),
-    )
-    add_data_flags(parser)
-    return parser
-
-
-def run_data(arguments: argparse.Namespace) -> int:
-    from visionselector_eval.harness.training.run import run_data
-
-    text, complete = run_data(arguments)
-    show(text)
-    return EXIT_OK if complete else EXIT_FAILED_CELLS
-
-
-def export_parser() -> Parser:
-    from visionselector_eval.harness.training.run import add_export_flags
-
-    parser = Parser(
-        prog=f"{PROGRAM} export",
-        description="Put trained weights into a full checkpoint in the released layout, or take them out of one.\n"
-        "A LLaVA folder in the original code's layout is rewritten in transformers'.",
-        epilog=example(
-            "export runs/visionselector full-checkpoint",
-            "export --to scorer full-checkpoint scorer",
-        ),
-    )
-    add_export_flags(parser)
-    return parser
-
-
-def run_export(arguments: argparse.Namespace) -> int:
-    from visionselector_eval.harness.training.run import run_export
-
-    show(run_export(arguments))
     return EXIT_OK

@@ -34,7 +34,7 @@ from visionselector_eval.harness.microbenchmarks import compressors, correctness
 from visionselector_eval.harness.microbenchmarks.measured import TimeLimitedScreen, TimeUp, machine, slug, target_table
 from visionselector_eval.harness.profiler import report
 from visionselector_eval.harness.profiler.run import run_profile
-from visionselector_eval.harness.profiler.spec import make_profile_spec
+from visionselector_eval.harness.profiler.spec import ProfileSpec
 from visionselector_eval.harness.profiler.store import load_profile
 from visionselector_eval.harness.store.files import write_atomic
 from visionselector_eval.models.loading import choose_device
@@ -252,7 +252,7 @@ def _measure(line: Line, folder: Path, device: str, chosen: argparse.Namespace, 
         raise TimeUp
     on_gpu = device.startswith("cuda")
     output = folder / line.shape
-    spec = make_profile_spec(
+    spec = ProfileSpec.make(
         {
             "output": str(output),
             "random_weights": line.shape,

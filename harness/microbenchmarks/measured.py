@@ -35,7 +35,7 @@ from visionselector_eval.harness.environment import cpu_model
 from visionselector_eval.harness.profiler import report
 from visionselector_eval.harness.profiler.run import run_profile
 from visionselector_eval.harness.profiler.screen import ProfileScreen
-from visionselector_eval.harness.profiler.spec import make_profile_spec
+from visionselector_eval.harness.profiler.spec import ProfileSpec
 from visionselector_eval.harness.profiler.store import load_profile
 from visionselector_eval.harness.store.files import write_atomic
 from visionselector_eval.models.loading import choose_device
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         end = time.monotonic() + 60 * chosen.minutes if chosen.minutes else float("inf")
         failed, stopped = 0, False
         for shape in chosen.shapes or shapes:
-            spec = make_profile_spec(
+            spec = ProfileSpec.make(
                 {
                     "output": str(folder / shape),
                     **({"pretrained": TINY} if shape == TINY else {"random_weights": shape}),

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from visionselector_eval.baselines.contract.base import Compressor, ScoreCompressor, VisualTokens
 from visionselector_eval.baselines.contract.budget import Budget, Share
-from visionselector_eval.harness.profiler.measure import Bound, Profiler
+from visionselector_eval.harness.profiler.measure import BoundCell, Profiler
 from visionselector_eval.harness.profiler.phases import PHASES, Clock
 from visionselector_eval.harness.profiler.report import peak
 from visionselector_eval.harness.profiler.spec import cell_of
@@ -177,11 +177,11 @@ class Allocate:
             torch.empty(MIB[phase] << 20, dtype=torch.uint8, device=self._device).fill_(1)
 
 
-def profiler_of(work: Work, device: torch.device, clock: Clock | None = None) -> tuple[Profiler, Bound]:
+def profiler_of(work: Work, device: torch.device, clock: Clock | None = None) -> tuple[Profiler, BoundCell]:
     """A profiler of the known backbone, and its one cell."""
     backbone = KnownBackbone(work, device)
-    cell = cell_of("method", "known", "known", {}, "0.25")
-    return Profiler(backbone, NEW_TOKENS, clock), Bound(cell, KnownCompressor(work=work), Share(0.25))
+    cell = cell_of("method", "known", "known", {}, Share(0.25))
+    return Profiler(backbone, NEW_TOKENS, clock), BoundCell(cell, KnownCompressor(work=work))
 
 
 def true_milliseconds() -> dict[str, float]:

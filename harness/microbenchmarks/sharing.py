@@ -38,8 +38,8 @@ from tabulate import tabulate
 from visionselector_eval.harness.store.run import load_run
 from visionselector_eval.harness.sweep.engines import engine
 from visionselector_eval.harness.sweep.run import run_sweep
-from visionselector_eval.harness.sweep.spec import SweepSpec, cells_of, make_spec
-from visionselector_eval.harness.sweep.worker import Answerer, Event, Unit, answer_unit, backbone_of, bound_task
+from visionselector_eval.harness.sweep.spec import SweepSpec, cells_of
+from visionselector_eval.harness.sweep.worker import Answerer, Event, WorkUnit, answer_unit, backbone_of, bound_task
 from visionselector_eval.models.lmms_eval_models import VisionSelectorQwen2_5_VL
 from visionselector_eval.models.loading import checkpoint_family
 from visionselector_eval.tasks import lmms
@@ -85,13 +85,13 @@ def clocked() -> Iterator[Clock]:
         Answerer.prepare, Answerer.answer = prepare, answer  # type: ignore[method-assign]
 
 
-def one_by_one(unit: Unit) -> Iterator[Event]:
+def one_by_one(unit: WorkUnit) -> Iterator[Event]:
     """`answer_unit` for one cell after another, so that they share the loaded model and nothing else."""
     for work in unit.cells:
         yield from answer_unit(dataclasses.replace(unit, cells=(work,)))
 
 
-def swept(spec: SweepSpec, folder: Path, answer: Callable[[Unit], Iterator[Event]]) -> Answers:
+def swept(spec: SweepSpec, folder: Path, answer: Callable[[WorkUnit], Iterator[Event]]) -> Answers:
     """Run `spec` into a new folder; its answers."""
     run_sweep(spec.model_copy(update={"output": str(folder)}), engine=engine("local"), answer=answer)
     return answers_of(folder)
@@ -103,15 +103,15 @@ def answers_of(folder: Path) -> Answers:
     return {(m, b, d): a for m, b, d, a in samples[["method", "budget", "doc_id", "answer"]].itertuples(index=False)}
 
 
-def evaluated(spec: SweepSpec, unit: Unit) -> Answers:
+def evaluated(spec: SweepSpec, unit: WorkUnit) -> Answers:
     """The cells of `spec`, each by lmms-eval's own evaluator with our model around the loaded backbone."""
     bound = bound_task(unit.task, unit.base_model, unit.limit)
     found = {}
     for cell in cells_of(spec):
         model = VisionSelectorQwen2_5_VL(
-            backbone=backbone_of(unit),
+            backbone=backbone_of(*unit.checkpoint),
             method=cell.method,
-            budget=str(cell.budget),
+            budget=cell.budget,
             batch_size=spec.batch_size,
             protocol="checkpoint",
             **unit.media,
@@ -153,7 +153,7 @@ def process(spec: SweepSpec, folder: Path, methods: Sequence[str], budgets: Sequ
 def measure(spec: SweepSpec, repeats: int, processes: bool) -> str:
     """Run everything; the report."""
     name = spec.backbones[0].pretrained
-    unit = Unit(
+    unit = WorkUnit(
         pretrained=name,
         revision=None,
         device=engine("local").device(spec.device),
@@ -188,9 +188,9 @@ def measure(spec: SweepSpec, repeats: int, processes: bool) -> str:
         alone: list[float] = []
         if processes:
             methods = [m.name for m in spec.methods]
-            together = process(spec, folder / "together", methods, spec.budgets)
+            together = process(spec, folder / "together", methods, list(map(str, spec.budgets)))
             # One folder for all, so that the full row is answered once here, too.
-            alone = [process(spec, folder / "alone", [m], [b]) for m in methods for b in spec.budgets]
+            alone = [process(spec, folder / "alone", [m], [str(b)]) for m in methods for b in spec.budgets]
             found["processes"] = answers_of(folder / "alone")
     for way, answers in found.items():
         if answers != found["sweep"]:
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-processes", action="store_true", help="leave out the runs as processes of their own")
     given = parser.parse_args(arguments)
     pixels = given.tokens * 28 * 28
-    spec = make_spec(
+    spec = SweepSpec.make(
         {
             "backbones": [given.pretrained],
             "methods": given.methods,

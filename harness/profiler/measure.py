@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from visionselector_eval.baselines import build, parse_budget
+from visionselector_eval.baselines import build
 from visionselector_eval.baselines.contract.base import Compressor
-from visionselector_eval.baselines.contract.budget import Budget
 from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.harness.profiler.flops import (
     FlopProbe,
@@ -39,12 +38,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Bound:
+class BoundCell:
     """A cell with its method, ready to run."""
 
     cell: ProfileCell
     compressor: Compressor
-    budget: Budget
 
 
 class Profiler:
@@ -74,11 +72,11 @@ class Profiler:
         self.settle()
         return inputs, time.perf_counter() - start
 
-    def answer(self, bound: Bound, inputs: Mapping[str, Any], key: str, recorder: PhaseRecorder | None) -> Any:
+    def answer(self, bound: BoundCell, inputs: Mapping[str, Any], key: str, recorder: PhaseRecorder | None) -> Any:
         """One answer; the recorder's phases are switched, its hooks are the caller's. Returns (compressed, entered)."""
         if recorder is not None:
             recorder.switch("prefill")
-        compressed = self.backbone.compress(inputs, bound.compressor, bound.budget, keys=[key])
+        compressed = self.backbone.compress(inputs, bound.compressor, bound.cell.budget, keys=[key])
         if recorder is not None:
             recorder.switch("setup")
         _, entered = self.backbone.run_generate(compressed, **self._generation)
@@ -86,7 +84,7 @@ class Profiler:
             recorder.switch(None)
         return compressed, entered
 
-    def timed(self, bound: Bound, inputs: Mapping[str, Any], key: str) -> dict[str, Any]:
+    def timed(self, bound: BoundCell, inputs: Mapping[str, Any], key: str) -> dict[str, Any]:
         """Milliseconds of each phase, and what entered the LLM."""
         recorder = PhaseRecorder(self.clock)
         with recorder.watching(self.backbone):
@@ -108,14 +106,14 @@ class Profiler:
             "layer_lengths": list(entered.layer_lengths),
         }
 
-    def plain(self, bound: Bound, inputs: Mapping[str, Any], key: str) -> dict[str, Any]:
+    def plain(self, bound: BoundCell, inputs: Mapping[str, Any], key: str) -> dict[str, Any]:
         """Milliseconds of the whole answer with no marks inside, for the profiler's own overhead."""
         self.settle()
         start = self.clock.mark(True)
         self.answer(bound, inputs, key, None)
         return {"latency_ms": 1000 * self.clock.seconds(start, self.clock.mark(True))}
 
-    def published(self, bound: Bound, inputs: Mapping[str, Any], key: str) -> dict[str, Any]:
+    def published(self, bound: BoundCell, inputs: Mapping[str, Any], key: str) -> dict[str, Any]:
         """Milliseconds of prefill as the published harness takes it.
 
         Around one forward: token embeddings, vision encoder, compression, LLM, and logits of all positions.
@@ -124,13 +122,13 @@ class Profiler:
         self.settle()
         with torch.no_grad():
             start = self.clock.mark(True)
-            out = self.backbone.run_llm(self.backbone.compress(inputs, bound.compressor, bound.budget, keys=[key]))
+            out = self.backbone.run_llm(self.backbone.compress(inputs, bound.compressor, bound.cell.budget, keys=[key]))
             head(out.hidden)
             return {"published_prefill_ms": 1000 * self.clock.seconds(start, self.clock.mark(True))}
 
     def memory(
         self,
-        bound: Bound,
+        bound: BoundCell,
         inputs: Mapping[str, Any],
         key: str,
         probe: Callable[[torch.device], MemoryProbe] = memory_probe,
@@ -161,7 +159,7 @@ class Profiler:
             "cache_lengths": cached[1] if cached else None,
         }
 
-    def flops(self, bound: Bound, inputs: Mapping[str, Any], key: str) -> dict[str, Any]:
+    def flops(self, bound: BoundCell, inputs: Mapping[str, Any], key: str) -> dict[str, Any]:
         """Counted operations of each phase, those that the shapes ask for, and the attention kernels that ran."""
         probe = FlopProbe()
         recorder = PhaseRecorder(None, [probe])
@@ -180,7 +178,7 @@ class Profiler:
             "attention_kernels": sorted(probe.kernels.get("prefill", ())),
         }
 
-    def energy(self, bound: Bound, inputs: Mapping[str, Any], key: str, gpu: Any, seconds: float) -> dict[str, Any]:
+    def energy(self, bound: BoundCell, inputs: Mapping[str, Any], key: str, gpu: Any, seconds: float) -> dict[str, Any]:
         """Joules of one answer, from as many as fit into `seconds`."""
         answers, end = 0, time.perf_counter() + seconds
         self.settle()
@@ -217,15 +215,14 @@ def vision_flops(config: Any, inputs: Mapping[str, Any]) -> int | None:
 
 def bind_cells(
     backbone: Backbone, cells: Sequence[ProfileCell]
-) -> tuple[list[Bound], dict[str, tuple[ProfileCell, str]]]:
+) -> tuple[list[BoundCell], dict[str, tuple[ProfileCell, str]]]:
     """Cells with their methods fitted to the backbone, and those that do not fit, with the reason."""
     bound, failed = [], {}
     for cell in cells:
         try:
             method = backbone.bind(build(cell.method, **cell.options))
-            budget = parse_budget(cell.budget)
-            method.check_budget(budget)
-            bound.append(Bound(cell, method, budget))
+            method.check_budget(cell.budget)
+            bound.append(BoundCell(cell, method))
         except InputError as error:
             failed[cell.digest] = (cell, str(error))
     return bound, failed

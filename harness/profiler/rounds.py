@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from visionselector_eval.models.backbones.base import Backbone
-from visionselector_eval.harness.profiler.measure import Bound, Profiler, bind_cells, out_of_memory
+from visionselector_eval.harness.profiler.measure import BoundCell, Profiler, bind_cells, out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ _PUBLISHED_EVERY = 5  # rounds in which prefill is also taken as the published h
 
 
 @dataclass(frozen=True)
-class Plan:
+class ProfilePlan:
     """How often everything is run; see `ProfileSpec`."""
 
     repeats: int = 50
@@ -68,7 +68,7 @@ class Progress:
         """A cell can't be measured on a workload."""
 
 
-def about(backbone: Backbone, plan: Plan, dtype: torch.dtype, attention: str, **more: Any) -> dict[str, Any]:
+def about(backbone: Backbone, plan: ProfilePlan, dtype: torch.dtype, attention: str, **more: Any) -> dict[str, Any]:
     """What every row of a profile shares: `settings` must agree when it is resumed, the rest is for the reader."""
     device = backbone.device
     gpu = Nvml.find(device)
@@ -103,7 +103,7 @@ def profile(
     backbone: Backbone,
     workloads: Sequence[Workload],
     cells: Sequence[ProfileCell],
-    plan: Plan,
+    plan: ProfilePlan,
     *,
     attention: str,
     progress: Progress | None = None,
@@ -150,7 +150,7 @@ def _measured(rows: pd.DataFrame, workload: str) -> set[tuple[str, str, int]]:
 class _Step:
     """One sample: a cell, what is measured, and in which round."""
 
-    bound: Bound
+    bound: BoundCell
     kind: str
     round: int
 
@@ -161,8 +161,8 @@ class _Schedule:
     def __init__(
         self,
         workload: Workload,
-        bound: Sequence[Bound],
-        plan: Plan,
+        bound: Sequence[BoundCell],
+        plan: ProfilePlan,
         energy: bool,
         done: set[tuple[str, str, int]],
     ) -> None:
@@ -192,7 +192,7 @@ class _Schedule:
         return sum(map(len, self.rounds))
 
     @property
-    def timed(self) -> list[Bound]:
+    def timed(self) -> list[BoundCell]:
         """Cells that still have something to be timed, which need warm-up."""
         wanted = {s.bound.cell.digest for steps in self.rounds for s in steps if s.kind in ("time", "plain")}
         return [b for b in self.bound if b.cell.digest in wanted]
@@ -205,7 +205,7 @@ class _Session:
     folder: ProfileFolder
     profiler: Profiler
     schedule: _Schedule
-    plan: Plan
+    plan: ProfilePlan
     numbers: Mapping[str, int]
     attention: str
     gpu: Any
@@ -228,9 +228,9 @@ class _Session:
         """Record that a cell can't be measured on this workload; the others go on."""
         self.failed[self.workload.name, cell.digest] = reason
         self.progress.failed(self.workload.name, cell, reason)
-        self._write(cell, _Step(Bound(cell, None, None), "failed", 0), "", 0, {"error": reason})  # type: ignore[arg-type]
+        self._write(cell, _Step(BoundCell(cell, None), "failed", 0), "", 0, {"error": reason})  # type: ignore[arg-type]
 
-    def _alive(self, bound: Bound) -> bool:
+    def _alive(self, bound: BoundCell) -> bool:
         return (self.workload.name, bound.cell.digest) not in self.failed
 
     def _round(self, steps: Sequence[_Step]) -> None:
@@ -286,7 +286,7 @@ class _Session:
                 "method": cell.method,
                 "label": cell.label,
                 "options": str(dict(cell.options)),
-                "budget": cell.budget,
+                "budget": str(cell.budget),
                 "kind": step.kind,
                 "round": step.round,
                 "place": place,

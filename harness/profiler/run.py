@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +13,7 @@ import yaml
 
 from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.harness.profiler import report
-from visionselector_eval.harness.profiler.rounds import Plan, Progress, about, profile, run_environment
+from visionselector_eval.harness.profiler.rounds import ProfilePlan, Progress, about, profile, run_environment
 from visionselector_eval.harness.profiler.spec import ProfileSpec, profile_cells
 from visionselector_eval.harness.profiler.store import ProfileFolder
 from visionselector_eval.harness.profiler.workloads import QUESTION, Workload, check_length, documents, synthetic
@@ -27,7 +25,7 @@ from visionselector_eval.models.loading import (
     choose_dtype,
     load_backbone,
 )
-from visionselector_eval.models.tiny import EMBEDDED
+from visionselector_eval.models.tiny import TINY, thread_limit
 
 if TYPE_CHECKING:
     from visionselector_eval.models.backbones.base import Backbone
@@ -44,9 +42,9 @@ class Done:
     failed: list[str]
 
 
-def plan_of(spec: ProfileSpec) -> Plan:
+def plan_of(spec: ProfileSpec) -> ProfilePlan:
     """How often everything is run."""
-    return Plan(
+    return ProfilePlan(
         repeats=spec.repeats,
         warmup=spec.warmup,
         memory_rounds=spec.memory_rounds,
@@ -62,21 +60,9 @@ def run_profile(spec: ProfileSpec, *, overwrite: bool = False, progress: Progres
     Raises:
         InputError: a model, workload or device that can't be used, or a folder of other settings.
     """
-    with few_threads(spec.backbone, spec.threads):
+    tiny_shape = spec.random_weights == "qwen2_5_vl_tiny"
+    with thread_limit(TINY if tiny_shape else spec.pretrained, spec.threads):
         return _run(spec, overwrite, progress)
-
-
-@contextmanager
-def few_threads(backbone: str, threads: int | None = None) -> Iterator[None]:
-    """`threads` of torch, else one for the smallest models, whose second thread would only wait for the first."""
-    before = torch.get_num_threads()
-    wanted = threads or (1 if backbone in (*EMBEDDED, "random:qwen2_5_vl_tiny") else None)
-    try:
-        if wanted is not None:
-            torch.set_num_threads(wanted)
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _run(spec: ProfileSpec, overwrite: bool, progress: Progress | None) -> Done:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from visionselector_eval.baselines.contract.budget import Share, parse_budget
-from visionselector_eval.baselines.contract.errors import InputError, unknown
+from visionselector_eval.baselines.contract.budget import Budget, Share
+from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.baselines.contract.registry import available, resolve_options
 from visionselector_eval.harness.store.files import digest_of
 from visionselector_eval.harness.sweep.spec import (
     ASKING,
     AUTO,
+    METHODS_FLAG,
     Fps,
     Jpeg,
     MaxNumFrames,
@@ -25,33 +26,36 @@ from visionselector_eval.harness.sweep.spec import (
     ProtocolName,
     RepeatFrames,
     SystemPrompt,
+    check_labels,
+    one_or_many,
 )
+from visionselector_eval.models.settings import BudgetField, Flag, Settings
 from visionselector_eval.models.tiny import TINY
 
 FULL, LIMIT = "full", "limit"
 
 
-class ProfileSpec(BaseModel):
+class ProfileSpec(Settings):
     """Cells x workloads, and how often each is run."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    subject = "the profile"
 
     name: str = Field(default="profile", description="its folder is profiles/<name> unless `output` is given")
     output: str | None = Field(default=None, description="folder of the profile")
     pretrained: str = Field(default=TINY, description="folder, hub id, or `tiny`, the embedded checkpoint")
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
-    random_weights: str | None = Field(
+    random_weights: Annotated[str | None, Flag(metavar="SHAPE")] = Field(
         default=None, description="instead of a checkpoint: a model of this shape with random weights"
     )
-    methods: list[MethodSpec] = Field(
+    methods: Annotated[list[MethodSpec], METHODS_FLAG] = Field(
         default_factory=list, description="compressors; all of them when not given; `full` is always measured"
     )
-    budgets: list[str] = Field(
-        default=["0.3", "0.2", "0.1"],
+    budgets: list[BudgetField] = Field(
+        default=[Share(0.3), Share(0.2), Share(0.1)],
         min_length=1,
         description="shares of visual tokens to keep (0.2, 20%) or counts (64tok)",
     )
-    synthetic: list[int] = Field(
+    synthetic: Annotated[list[int], Flag(metavar="N")] = Field(
         default_factory=list,
         description="pictures of so many visual tokens with a fixed question (default: 256, unless --task is given)",
     )
@@ -85,11 +89,15 @@ class ProfileSpec(BaseModel):
     jpeg: Jpeg = None
     repeat_frames: RepeatFrames = None
 
-    @field_validator("budgets", mode="before")
+    @field_validator("budgets", "methods", "synthetic", mode="before")
     @classmethod
-    def _budgets(cls, value: Any) -> Any:
-        values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-        return list(dict.fromkeys(str(parse_budget(v)) for v in values))
+    def _one_or_many(cls, value: Any) -> Any:
+        return one_or_many(value)
+
+    @field_validator("budgets")
+    @classmethod
+    def _each_once(cls, value: list[Budget]) -> list[Budget]:
+        return list(dict.fromkeys(value))
 
     @field_validator("synthetic")
     @classmethod
@@ -121,9 +129,7 @@ class ProfileSpec(BaseModel):
             self.synthetic = self.synthetic or [256]
         else:
             self.limit = self.limit or 8
-        labels = [m.label for m in self.methods]
-        if twice := next((x for i, x in enumerate(labels) if x in labels[:i]), None):
-            raise InputError(f"method '{twice}' is listed twice: give the two different options or labels")
+        check_labels(self.methods)
         return self
 
     @property
@@ -150,7 +156,7 @@ class ProfileCell:
     method: str
     label: str
     options: Mapping[str, Any]
-    budget: str
+    budget: Budget
     digest: str
 
     @property
@@ -159,17 +165,17 @@ class ProfileCell:
         return self.label if self.role == FULL else f"{self.label} @ {self.budget}"
 
 
-def cell_of(role: str, method: str, label: str, options: Mapping[str, Any], budget: str) -> ProfileCell:
+def cell_of(role: str, method: str, label: str, options: Mapping[str, Any], budget: Budget) -> ProfileCell:
     """A cell, with a digest of what it is."""
     shown = {k: v if isinstance(v, bool | int | float | str | None) else str(v) for k, v in options.items()}
-    digest = digest_of({"role": role, "method": method, "options": shown, "budget": budget})
+    digest = digest_of({"role": role, "method": method, "options": shown, "budget": str(budget)})
     return ProfileCell(role, method, label, options, budget, digest)
 
 
 def profile_cells(spec: ProfileSpec) -> list[ProfileCell]:
     """`full`, every method at every budget, and the limit of every budget. A budget of 1 is `full`."""
-    budgets = [b for b in spec.budgets if parse_budget(b) != Share(1.0)]
-    cells = [cell_of(FULL, "full", "full", resolve_options("full", {}), "1")]
+    budgets = [budget for budget in spec.budgets if budget != Share(1.0)]
+    cells = [cell_of(FULL, "full", "full", resolve_options("full", {}), Share(1.0))]
     for method in spec.methods:
         if method.name == "full":
             continue
@@ -178,22 +184,7 @@ def profile_cells(spec: ProfileSpec) -> list[ProfileCell]:
     return cells + limits(budgets)
 
 
-def limits(budgets: Sequence[str]) -> list[ProfileCell]:
+def limits(budgets: Sequence[Budget]) -> list[ProfileCell]:
     """The ideal at each budget: evenly spread tokens, whose choosing is not counted."""
     uniform = resolve_options("uniform", {})
     return [cell_of(LIMIT, "uniform", LIMIT, uniform, budget) for budget in dict.fromkeys(budgets)]
-
-
-def make_profile_spec(data: Mapping[str, Any]) -> ProfileSpec:
-    """A checked spec from plain data; a mistake is one line."""
-    try:
-        return ProfileSpec.model_validate(dict(data))
-    except ValidationError as error:
-        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        cause = first.get("ctx", {}).get("error")
-        if isinstance(cause, InputError):
-            raise cause from error
-        if first["type"] == "extra_forbidden":
-            raise unknown("field of a profile", str(first["loc"][-1]), ProfileSpec.model_fields) from error
-        where = str(first["loc"][0]).replace("_", "-")
-        raise InputError(f"--{where}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}") from error

@@ -83,7 +83,8 @@ class ProfileFolder:
                 key = different[0]
                 raise InputError(
                     f"'{self.folder}' holds measurements made with other settings ({', '.join(different)}: "
-                    f"{theirs.get(key)!r} then, {mine.get(key)!r} now): give another --name or --output, or --overwrite"
+                    f"{theirs.get(key)!r} then, {mine.get(key)!r} now): give another --name or --output, "
+                    "or --existing overwrite"
                 )
             return old
         write_atomic(self.folder / "profile.json", json.dumps(new, indent=2, ensure_ascii=False) + "\n")

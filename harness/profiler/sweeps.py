@@ -7,23 +7,24 @@ from dataclasses import replace
 
 from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.harness.profiler import report
-from visionselector_eval.harness.profiler.rounds import Plan, Progress, about, profile, run_environment
-from visionselector_eval.harness.profiler.run import Done, few_threads
+from visionselector_eval.harness.profiler.rounds import ProfilePlan, Progress, about, profile, run_environment
+from visionselector_eval.harness.profiler.run import Done
 from visionselector_eval.harness.profiler.spec import FULL, ProfileCell, cell_of, limits
 from visionselector_eval.harness.profiler.store import ProfileFolder, save_cells
 from visionselector_eval.harness.profiler.workloads import documents
 from visionselector_eval.harness.store.run import Run
-from visionselector_eval.harness.sweep.plan import Group, plan
+from visionselector_eval.harness.sweep.plan import CellGroup, plan
 from visionselector_eval.harness.sweep.spec import SweepSpec
-from visionselector_eval.harness.sweep.worker import Unit, backbone_of
+from visionselector_eval.harness.sweep.worker import backbone_of
 from visionselector_eval.models.inputs import MediaSettings
 from visionselector_eval.models.loading import choose_attention, choose_device, choose_dtype
+from visionselector_eval.models.tiny import thread_limit
 
 _DOCUMENTS = 8  # of each task, evenly spread over those that the sweep answers
 
 
 def profile_sweep(
-    spec: SweepSpec, run: Run, measuring: Plan, *, overwrite: bool = False, progress: Progress | None = None
+    spec: SweepSpec, run: Run, measuring: ProfilePlan, *, overwrite: bool = False, progress: Progress | None = None
 ) -> list[Done]:
     """Measure every finished cell of a sweep on this machine; one profile for each backbone and task.
 
@@ -46,10 +47,12 @@ def profile_sweep(
             continue
         name = re.sub(r"[^\w.-]+", "-", f"{group.backbone.pretrained}-{group.task}").strip("-")
         folder = ProfileFolder(run.folder / "profile" / name)
-        with folder.run.lock(), few_threads(group.backbone.pretrained):
+        with folder.run.lock(), thread_limit(group.backbone.pretrained):
             if overwrite:
                 folder.forget()
-            backbone = backbone_of(_unit(spec, group, device))
+            backbone = backbone_of(
+                group.backbone.pretrained, group.backbone.revision, device, spec.dtype, spec.attn_implementation
+            )
             media, protocol = MediaSettings(**spec.media(group.backbone)), spec.protocol_of(group.backbone)
             workload = documents(
                 group.task, backbone, group.family, spec.limit, media, protocol, group.data_root, most=_DOCUMENTS
@@ -67,7 +70,7 @@ def profile_sweep(
     return results
 
 
-def _cells(group: Group, spec: SweepSpec) -> list[ProfileCell]:
+def _cells(group: CellGroup, spec: SweepSpec) -> list[ProfileCell]:
     """The group's finished cells under the sweep's own digests, and the limits of their budgets."""
     first: dict[tuple[str, str], ProfileCell] = {}
     for planned in group.cells:
@@ -75,26 +78,7 @@ def _cells(group: Group, spec: SweepSpec) -> list[ProfileCell]:
         if not planned.done or cell.seed != spec.seeds[0]:
             continue
         role = FULL if cell.method == "full" else "method"
-        made = cell_of(role, cell.method, cell.label, cell.options, str(cell.budget))
+        made = cell_of(role, cell.method, cell.label, cell.options, cell.budget)
         first.setdefault((cell.label, str(cell.budget)), replace(made, digest=planned.digest))
     cells = list(first.values())
     return [*cells, *limits([c.budget for c in cells if c.role != FULL])] if cells else []
-
-
-def _unit(spec: SweepSpec, group: Group, device: str) -> Unit:
-    """What names the sweep's loaded backbone, so that it is not loaded a second time."""
-    return Unit(
-        pretrained=group.backbone.pretrained,
-        revision=group.backbone.revision,
-        device=device,
-        dtype=spec.dtype,
-        attn_implementation=spec.attn_implementation,
-        media={},
-        task=group.task,
-        base_model=group.family,
-        limit=spec.limit,
-        generation={},
-        batch_size=1,
-        on_bad_document="fail",
-        cells=(),
-    )

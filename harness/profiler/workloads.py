@@ -133,8 +133,8 @@ def documents(
         InputError: no such task, no data for it, or lmms-eval is not installed.
     """
     try:
-        from visionselector_eval.harness.sweep.worker import bound_task, document_requests
-        from visionselector_eval.tasks import lmms
+        from visionselector_eval.harness.sweep.worker import bound_task
+        from visionselector_eval.tasks import binding, lmms
 
         lmms.lmms_eval()
     except ImportError as error:
@@ -144,7 +144,7 @@ def documents(
     def item(request: Any) -> Item:
         return Item(request.key, lambda: build_inputs(backbone.processor, [request.messages()], media))
 
-    items = [item(request) for _, request in document_requests(bound, {}, protocol)]
+    items = [item(request) for request in binding.requests(bound, protocol)]
     if most is not None and len(items) > most:
         items = [items[round(i * (len(items) - 1) / max(1, most - 1))] for i in range(most)]
     settings: dict[str, Any] = {"task": task, "limit": limit, "documents": len(items), "data": bound.data_hash}

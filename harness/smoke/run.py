@@ -6,10 +6,8 @@ wrote. The file says what was asked for; a later run without flags asks for the 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import math
 import tempfile
 import time
 from collections.abc import Mapping
@@ -17,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError, one_line
 from visionselector_eval.harness.environment import cpu_model, installed
-from visionselector_eval.harness.smoke.compare import OTHER_TORCH_SHARE, Comparison, Outcome, Tolerance, compare
+from visionselector_eval.harness.smoke.compare import Comparison, Outcome, Tolerance, compare
 from visionselector_eval.harness.smoke.expectation import (
     DEFAULTS,
     EXPECTATION,
@@ -34,7 +32,7 @@ from visionselector_eval.harness.store.files import write_atomic
 from visionselector_eval.harness.store.run import load_run
 from visionselector_eval.harness.sweep.engines import engine
 from visionselector_eval.harness.sweep.run import Progress, run_sweep
-from visionselector_eval.harness.sweep.spec import SweepSpec, load_spec, make_spec
+from visionselector_eval.harness.sweep.spec import SweepSpec
 
 _PACKAGES = ("visionselector-eval", "lmms-eval", "torch", "transformers")
 
@@ -55,13 +53,13 @@ def spec_of(given: Mapping[str, Any], expected: Settings | None = None) -> tuple
         fields |= {**expected.model_dump(), "suite": None}
     if "tasks" in given or "suite" in given:
         fields |= {"tasks": [], "suite": None}
-    spec = make_spec({**fields, **given})
+    spec = SweepSpec.make({**fields, **given})
     # `full` is always run; named or not, it is the same sweep
     methods = [m.model_dump() for m in spec.methods if m.name != "full"] or [m.model_dump() for m in spec.methods]
     settings = Settings(
         backbones=[b.model_dump() for b in spec.backbones],
         methods=methods,
-        budgets=spec.budgets,
+        budgets=[str(budget) for budget in spec.budgets],
         tasks=spec.task_names(),
         limit=spec.limit or DEFAULTS["limit"],
         **{n: getattr(spec, n) for n in ("seeds", "batch_size", "device", "dtype", "attn_implementation")},
@@ -82,7 +80,7 @@ def observe(
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if folder is None else folder
         spec = spec.model_copy(update={"output": str(folder), "name": RUN_NAME})
-        run, result = run_sweep(spec, engine=engine("local"), overwrite=True, progress=progress)
+        run, result = run_sweep(spec, engine=engine("local"), existing="overwrite", progress=progress)
         frames = load_run(run.folder)
         ours = frames.cells[frames.cells["digest"].isin([*result.done, *result.failed])]
         by_cell = dict(iter(frames.samples.groupby("cell", sort=False)))
@@ -114,7 +112,7 @@ def observe(
         if done:
             cells.append(cell)
         else:
-            failed[cell.title] = " ".join(str(row["error"]).split())
+            failed[cell.title] = one_line(row["error"])
     made_with = {name: installed(name) or "not installed" for name in _PACKAGES} | {"processor": cpu_model()}
     observed = Expectation(settings=settings, made_with=made_with, inputs=dict(sorted(inputs.items())), cells=cells)
     return Outcome(observed, failed, tasks, seconds, time.perf_counter() - started)
@@ -122,81 +120,6 @@ def observe(
 
 def _number(value: Any) -> float | None:
     return None if value is None or value != value else float(value)
-
-
-_METAVARS = {"methods": "NAME[:OPTION=VALUE,...]", "backbones": "PATH_OR_ID"}
-
-
-_HELP = {
-    "suite": "a named list of tasks",
-    "tasks": "tasks, beside or instead of a suite",
-    "limit": "first N documents of each task; an even number where mme is among them",
-}
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `smoke`. Those that are fields of `SweepSpec` are None where they are not given."""
-    for name in (*DEFAULTS, "tasks"):
-        info = SweepSpec.model_fields[name]
-        default = DEFAULTS.get(name)
-        shown = (
-            f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})" if default else ""
-        )
-        parser.add_argument(
-            "--" + {"backbones": "pretrained"}.get(name, name).replace("_", "-"),
-            dest=name,
-            nargs="+" if name in ("backbones", "methods", "budgets", "tasks", "seeds") else None,
-            metavar=_METAVARS.get(name, name.upper().rstrip("S")),
-            type=int if name in ("limit", "seeds", "batch_size") else str,
-            help=f"{_HELP.get(name, info.description)}{shown}".replace("%", "%%"),
-        )
-    parser.add_argument("--expect", metavar="FILE", default=EXPECTATION, help="the expectation (default: %(default)s)")
-    parser.add_argument("--update", action="store_true", help="write the expectation instead of comparing with it")
-    parser.add_argument(
-        "--score-tolerance",
-        metavar="SHARE",
-        type=float,
-        default=0.0,
-        help="how far a score may move, as a share of the metric's largest value (default: 0)",
-    )
-    parser.add_argument(
-        "--kept-tolerance",
-        metavar="TOKENS",
-        type=float,
-        default=0.0,
-        help="how far a cell's mean kept and total tokens may move (default: 0)",
-    )
-    parser.add_argument(
-        "--answers",
-        metavar="exact|ignore|SHARE",
-        help="how many of all answers may differ (default: exact; "
-        f"{OTHER_TORCH_SHARE:g} where another torch made the expectation)",
-    )
-    parser.add_argument("--junit", metavar="FILE", help="write a JUnit report, a test case for each cell")
-    parser.add_argument("--output", metavar="FOLDER", help="keep the run folder here (default: thrown away)")
-
-
-def tolerance_of(score: float, kept: float, answers: str | None) -> Tolerance:
-    """A tolerance from what the command line says; `answers` is exact, ignore, or a share (0.05, 5%).
-
-    Raises:
-        InputError: a value that is none.
-    """
-    for flag, value in (("--score-tolerance", score), ("--kept-tolerance", kept)):
-        if not 0 <= value < math.inf:
-            raise InputError(f"invalid {flag} {value:g}: expected 0 or more")
-    share = {"exact": 0.0, "ignore": 1.0}.get(answers or "")
-    if answers is not None and share is None:
-        try:
-            share = float(answers[:-1]) / 100 if answers.endswith("%") else float(answers)
-        except ValueError:
-            share = math.nan
-        if not 0 <= share <= 1:
-            raise InputError(
-                f"invalid --answers '{answers}': expected exact, ignore, or the share of answers that may differ, "
-                "0.05 or 5%"
-            )
-    return Tolerance(score, kept, share)
 
 
 @dataclass(frozen=True)
@@ -246,7 +169,7 @@ def smoke(
     if (
         output is not None
         and (Path(output) / "spec.yaml").exists()
-        and load_spec(Path(output) / "spec.yaml").name != RUN_NAME
+        and SweepSpec.load(Path(output) / "spec.yaml").name != RUN_NAME
     ):
         raise InputError(f"'{output}' is the run folder of a sweep, whose cells would be lost: give another --output")
     outcome = observe(spec, settings, output, progress)

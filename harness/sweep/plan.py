@@ -21,7 +21,7 @@ from visionselector_eval.harness.sweep.worker import (
 )
 from visionselector_eval.models.inputs import MediaSettings
 from visionselector_eval.models.loading import checkpoint_family, checkpoint_revision, choose_attention, choose_dtype
-from visionselector_eval.models.protocols import new_tokens, protocol_named
+from visionselector_eval.models.protocols import protocol_named
 from visionselector_eval.tasks import binding, lmms
 from visionselector_eval.tasks.suites import load_suites
 
@@ -41,7 +41,7 @@ class PlannedCell:
 
 
 @dataclass(frozen=True)
-class Group:
+class CellGroup:
     """Cells that share one loaded model, one decode and one vision pass for each document."""
 
     backbone: BackboneSpec
@@ -59,11 +59,11 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """All groups of a sweep, and what of them is already done."""
 
     spec: SweepSpec
-    groups: tuple[Group, ...]
+    groups: tuple[CellGroup, ...]
 
     @property
     def cells(self) -> list[PlannedCell]:
@@ -71,7 +71,7 @@ class Plan:
         return [cell for group in self.groups for cell in group.cells]
 
 
-def plan(spec: SweepSpec, run: Run | None, device: str) -> Plan:
+def plan(spec: SweepSpec, run: Run | None, device: str) -> SweepPlan:
     """Which cells there are, how they share work, and which are done in `run`; `device` is what `auto` came to.
 
     Raises:
@@ -144,10 +144,10 @@ def plan(spec: SweepSpec, run: Run | None, device: str) -> Plan:
         groups.setdefault(key, []).append(PlannedCell(cell, digest, settings, done, answered, error))
     if len(problems) == len(groups):
         raise next(iter(problems.values()))
-    return Plan(
+    return SweepPlan(
         spec,
         tuple(
-            Group(
+            CellGroup(
                 cells[0].spec.backbone,
                 families[name],
                 task,
@@ -168,9 +168,7 @@ def _task_exists(task: str, family: str) -> bool:
 def _prompts_hash(bound: binding.BoundTask, protocol: str) -> str:
     """Names every question's wording and generation settings, so that a change upstream gives other cells."""
     digest = hashlib.sha256(b"media first" if protocol_named(protocol).media_first else b"")
-    for asked in binding.requests(bound):
-        generation = new_tokens(protocol, asked.task, asked.generation)
-        digest.update(
-            json.dumps([asked.task, asked.doc_id, asked.context, generation, asked.until], default=str).encode()
-        )
+    for request in binding.requests(bound, protocol):
+        what = [request.task, request.doc_id, request.context, request.generation, request.until]
+        digest.update(json.dumps(what, default=str).encode())
     return digest.hexdigest()[:16]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -16,21 +16,24 @@ from visionselector_eval.harness.store.files import digest_of
 from visionselector_eval.harness.store.record import CellRecord
 from visionselector_eval.harness.store.run import Run
 from visionselector_eval.harness.sweep.engines import Engine
-from visionselector_eval.harness.sweep.plan import Group, Plan, PlannedCell, plan
-from visionselector_eval.harness.sweep.spec import SweepSpec, spec_yaml
+from visionselector_eval.harness.sweep.plan import CellGroup, PlannedCell, SweepPlan, plan
+from visionselector_eval.harness.sweep.spec import SweepSpec
 from visionselector_eval.harness.sweep.worker import (
     Answered,
     Event,
     Failed,
-    Unit,
-    Work,
+    PendingCell,
+    WorkUnit,
     answer_unit,
     backbone_of,
-    bind_compressor,
+    bind_compressors,
     bound_task,
     reason_of,
 )
 from visionselector_eval.tasks import scoring
+
+Existing = Literal["keep", "replace-stale", "overwrite"]
+"""What becomes of cells that a run folder holds already."""
 
 # What a cell has of its own; everything else it must share with the `full` row that it is compared with.
 _OWN_SETTINGS = ("method", "options", "weights", "budget", "seed")
@@ -57,7 +60,7 @@ class Progress:
     def start(self, documents: int) -> None:
         """A sweep begins: so many answers (documents x cells) are left."""
 
-    def group(self, group: Group) -> None:
+    def group(self, group: CellGroup) -> None:
         """A group begins."""
 
     def answered(self, cell: PlannedCell, documents: int) -> None:
@@ -71,18 +74,17 @@ def run_sweep(
     spec: SweepSpec,
     *,
     engine: Engine,
-    overwrite: bool = False,
-    replace_stale: bool = False,
+    existing: Existing = "keep",
     progress: Progress | None = None,
-    answer: Callable[[Unit], Iterable[Event]] = answer_unit,
+    answer: Callable[[WorkUnit], Iterable[Event]] = answer_unit,
 ) -> tuple[Run, SweepResult]:
     """Answer and score every cell of `spec` that its run folder does not hold yet.
 
     Args:
         engine: where units run.
-        overwrite: forget the cells of this spec first (otherwise only what is missing is run).
-        replace_stale: forget only those cells of the folder that were made with other settings than this sweep's, such
-            as another version or other weights, instead of refusing to go on.
+        existing: what becomes of cells that the folder holds. keep: finished ones are kept, and those made with other
+            settings than this sweep's, such as another version or other weights, are refused; replace-stale: these are
+            forgotten; overwrite: all cells of this spec are forgotten.
         progress: is told what happens.
         answer: what a worker does with a unit.
 
@@ -94,10 +96,10 @@ def run_sweep(
     with run.lock():
         device = engine.device(spec.device)
         planned = plan(spec, run, device)
-        if _settle_earlier_cells(run, planned, overwrite, replace_stale):
+        if _settle_earlier_cells(run, planned, existing):
             planned = plan(spec, run, device)
         settings = planned.cells[0].settings
-        run.write_spec(spec_yaml(spec))
+        run.write_spec(spec.to_yaml())
         run.write_environment(
             {
                 **environment(),
@@ -124,7 +126,7 @@ def run_sweep(
     return run, result
 
 
-def _preflight(engine: Engine, units: Sequence[Unit], backbones: int) -> None:
+def _preflight(engine: Engine, units: Sequence[WorkUnit], backbones: int) -> None:
     """See to it that a mistake shows before any document is read: load a backbone and fit every method to it.
 
     One backbone of the sweep that takes them all is enough, or one with nothing left to do: the cells of the others
@@ -136,7 +138,7 @@ def _preflight(engine: Engine, units: Sequence[Unit], backbones: int) -> None:
     Raises:
         InputError: every backbone of the sweep is tried, and none is usable with all methods.
     """
-    firsts: dict[str, Unit] = {}
+    firsts: dict[str, WorkUnit] = {}
     for unit in units:
         firsts.setdefault(unit.pretrained, unit)
     problems: list[Exception] = []
@@ -150,19 +152,21 @@ def _preflight(engine: Engine, units: Sequence[Unit], backbones: int) -> None:
         raise problems[0]
 
 
-def _fit(unit: Unit) -> None:
-    backbone = backbone_of(unit)
-    for work in unit.cells:
-        bind_compressor(work, backbone)
+def _fit(unit: WorkUnit) -> None:
+    for setting in bind_compressors(unit.cells, backbone_of(*unit.checkpoint)).values():
+        if isinstance(setting, Exception):
+            raise setting
 
 
-def _unit(spec: SweepSpec, group: Group, run: Run, device: str) -> Unit:
-    def work(cell: PlannedCell) -> Work:
+def _unit(spec: SweepSpec, group: CellGroup, run: Run, device: str) -> WorkUnit:
+    def work(cell: PlannedCell) -> PendingCell:
         lines = run.journal(cell.digest).read()
         done = frozenset((a["task"], a["doc_id"]) for line in lines for a in line["answers"])
-        return Work(cell.digest, cell.spec.method, dict(cell.spec.options), str(cell.spec.budget), cell.spec.seed, done)
+        return PendingCell(
+            cell.digest, cell.spec.method, dict(cell.spec.options), cell.spec.budget, cell.spec.seed, done
+        )
 
-    return Unit(
+    return WorkUnit(
         pretrained=group.backbone.pretrained,
         revision=group.backbone.revision,
         device=device,
@@ -183,9 +187,9 @@ def _unit(spec: SweepSpec, group: Group, run: Run, device: str) -> Unit:
 
 def _drive(
     run: Run,
-    units: Sequence[tuple[Unit, Group]],
+    units: Sequence[tuple[WorkUnit, CellGroup]],
     engine: Engine,
-    answer: Callable[[Unit], Iterable[Event]],
+    answer: Callable[[WorkUnit], Iterable[Event]],
     result: SweepResult,
     progress: Progress,
 ) -> None:
@@ -251,7 +255,9 @@ def _fail(run: Run, cell: PlannedCell, reason: str, result: SweepResult, progres
     progress.finished(cell, record.model_copy(update={"status": "failed", "error": reason}))
 
 
-def _score(run: Run, cell: PlannedCell, group: Group, seconds: float, result: SweepResult, progress: Progress) -> None:
+def _score(
+    run: Run, cell: PlannedCell, group: CellGroup, seconds: float, result: SweepResult, progress: Progress
+) -> None:
     """Replay the stored answers through lmms-eval's own scoring, and complete the cell."""
     bound = bound_task(group.task, group.family, cell.settings["limit"], group.data_root, group.metric)
     answers = {(a["task"], a["doc_id"]): a for line in run.journal(cell.digest).read() for a in line["answers"]}
@@ -313,19 +319,19 @@ def _place(values: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(str(values[k]) for k in ("backbone", "label", "budget", "task", "seed"))
 
 
-def _settle_earlier_cells(run: Run, planned: Plan, overwrite: bool, replace_stale: bool = False) -> bool:
+def _settle_earlier_cells(run: Run, planned: SweepPlan, existing: Existing) -> bool:
     """Cells of the folder that stand where a planned one will: failed ones go, finished ones are not mixed with others.
 
-    With `replace_stale` the finished ones of other settings go, too, and so do cells elsewhere in the grid (a method
+    With `replace-stale` the finished ones of other settings go, too, and so do cells elsewhere in the grid (a method
     that is no longer asked for) that were made under other settings of the whole sweep.
 
     Returns:
         whether any was removed.
 
     Raises:
-        InputError: a finished cell was made with other settings, and neither `overwrite` nor `replace_stale` was asked
-            for.
+        InputError: a finished cell was made with other settings, and `existing` is `keep`.
     """
+    overwrite, replace_stale = existing == "overwrite", existing == "replace-stale"
     wanted = {
         _place(
             {
@@ -365,7 +371,7 @@ def _settle_earlier_cells(run: Run, planned: Plan, overwrite: bool, replace_stal
             )
             raise InputError(
                 f"the run folder '{run.folder}' holds {cell.spec.title} made with other settings "
-                f"({', '.join(differing)}): give another --name or --output, or make anew such cells with "
-                "--replace-stale or all of this sweep with --overwrite"
+                f"({', '.join(differing)}): give another --name or --output, or recompute such cells with "
+                "--existing replace-stale, or all of this sweep with --existing overwrite"
             )
     return removed

@@ -9,23 +9,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from visionselector_eval.baselines.contract.budget import Budget, Share, parse_budget
+from visionselector_eval.baselines.contract.budget import Budget, Share
 from visionselector_eval.baselines.contract.errors import InputError, unknown
 from visionselector_eval.baselines.contract.registry import options_of, resolve_options
 from visionselector_eval.models.generation import GENERATION_KEYS, generation_arguments
 from visionselector_eval.models.protocols import PROTOCOLS, media_fields, protocol_named
+from visionselector_eval.models.settings import BudgetField, Flag, Settings
 from visionselector_eval.models.tiny import TINY, embedded
 from visionselector_eval.tasks.suites import check_limit, load_suites, suite
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
-
-
-class MethodSpec(_Strict):
+class MethodSpec(Settings):
     """A compressor with its options; in YAML a plain name, or a mapping `{name: divprune, upstream_exact: true}`."""
+
+    subject = "the spec"
 
     name: str = Field(description="a compressor of `visionselector-eval list`")
     label: str = Field(default="", description="its name in tables; by default the name and the options that were set")
@@ -60,8 +59,10 @@ class MethodSpec(_Strict):
         return self
 
 
-class BackboneSpec(_Strict):
+class BackboneSpec(Settings):
     """A checkpoint; in YAML a plain id, or a mapping `{pretrained: ..., revision: ...}`."""
+
+    subject = "the spec"
 
     pretrained: str = Field(description="folder, hub id, or `tiny` for the embedded checkpoint")
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
@@ -70,6 +71,45 @@ class BackboneSpec(_Strict):
     @classmethod
     def _short_form(cls, value: Any) -> Any:
         return {"pretrained": value} if isinstance(value, str) else value
+
+
+def key_values(what: str, items: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` words of a command line as a mapping, values as YAML reads them: true, 3, 0.5, text.
+
+    Raises:
+        InputError: a word without a key or `=`; `what` says in the message what the words are.
+    """
+    pairs = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise InputError(f"invalid {what} '{item}': expected KEY=VALUE")
+        try:
+            pairs[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            pairs[key] = value
+    return pairs
+
+
+def method_from_text(text: str) -> Any:
+    """A method of a command line, `NAME` or `NAME:OPTION=VALUE,...`, as plain data for `MethodSpec`."""
+    name, colon, options = text.partition(":")
+    return {"name": name, "options": key_values(f"option of method {name}", options.split(","))} if colon else name
+
+
+def _methods(words: Sequence[str]) -> list[Any]:
+    return [method_from_text(word) for word in words]
+
+
+def _metrics(words: Sequence[str]) -> dict[str, str]:
+    return {task: str(name) for task, name in key_values("metric", words).items()}
+
+
+def _generation_settings(words: Sequence[str]) -> dict[str, Any]:
+    return key_values("generation setting", words)
+
+
+METHODS_FLAG = Flag(metavar="NAME[:OPTION=VALUE,...]", parse=_methods)
 
 
 AUTO = "auto"
@@ -100,7 +140,9 @@ MaxPixels = Annotated[
 ]
 MaxNumFrames = Annotated[int | None, Field(ge=1, description="most frames of a video, over the protocol's")]
 Fps = Annotated[float | None, Field(gt=0, description="frames a second to show; spread over the video when not given")]
-SystemPrompt = Annotated[str | None, Field(description="first turn of every conversation, over the protocol's")]
+SystemPrompt = Annotated[
+    str | None, Field(description="first turn of every conversation, over the protocol's"), Flag(free_text=True)
+]
 Jpeg = Annotated[bool | None, Field(description="re-encode pictures as JPEG or not, over the protocol's")]
 RepeatFrames = Annotated[
     bool | None,
@@ -125,17 +167,19 @@ def asked_media(given: Any, pretrained: str, revision: str | None) -> dict[str, 
     return media_fields(protocol, {key: getattr(given, key) for key in ASKING if key != "protocol"})
 
 
-class SweepSpec(_Strict):
+class SweepSpec(Settings):
     """A grid of cells: backbones x methods x budgets x tasks (x seeds), with everything that changes an answer."""
+
+    subject = "the spec"
 
     name: str = Field(
         default="sweep", description="name of the run; its folder is runs/<name> unless `output` is given"
     )
     output: str | None = Field(default=None, description="folder of the run")
-    backbones: list[BackboneSpec] = Field(
+    backbones: Annotated[list[BackboneSpec], Flag(name="pretrained", metavar="PATH_OR_ID")] = Field(
         default_factory=lambda: [BackboneSpec(pretrained=TINY)], description="checkpoints", min_length=1
     )
-    methods: list[MethodSpec] = Field(
+    methods: Annotated[list[MethodSpec], METHODS_FLAG] = Field(
         default_factory=lambda: [
             MethodSpec(name=name)
             for name in ("visionselector", "visionzip", "divprune", "random", "uniform", "downsample")
@@ -143,8 +187,8 @@ class SweepSpec(_Strict):
         description="compressors; `full` is always run beside them",
         min_length=1,
     )
-    budgets: list[str] = Field(
-        default=["0.3", "0.2", "0.1"],
+    budgets: list[BudgetField] = Field(
+        default=[Share(0.3), Share(0.2), Share(0.1)],
         description="shares of visual tokens to keep (0.2, 20%) or counts (64tok)",
         min_length=1,
     )
@@ -179,29 +223,23 @@ class SweepSpec(_Strict):
         description="a document that can't be read or that the processor refuses: fail the cell, or skip it "
         "(it counts as unanswered, and the result says how many)",
     )
-    metric: dict[str, str] = Field(
+    metric: Annotated[dict[str, str], Flag(metavar="TASK=NAME", parse=_metrics)] = Field(
         default_factory=dict,
         description="headline metric of a task, over that of suites.yaml or of the task's definition, e.g. "
         "{mmstar: average}; `tasks check` lists tasks whose headline is a guess",
     )
-    generation: dict[str, Any] = Field(
+    generation: Annotated[dict[str, Any], Flag(metavar="KEY=VALUE", parse=_generation_settings)] = Field(
         default_factory=dict, description="over the tasks' own generation settings, e.g. {max_new_tokens: 16}"
     )
 
-    @field_validator("budgets", mode="before")
-    @classmethod
-    def _budgets(cls, value: Any) -> Any:
-        values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-        return list(dict.fromkeys(str(parse_budget(v)) for v in values))
-
-    @field_validator("tasks", "methods", "backbones", "seeds", mode="before")
+    @field_validator("budgets", "tasks", "methods", "backbones", "seeds", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str | int | float | Mapping) else value
+        return one_or_many(value)
 
-    @field_validator("seeds")
+    @field_validator("budgets", "seeds")
     @classmethod
-    def _each_once(cls, value: list[int]) -> list[int]:
+    def _each_once(cls, value: list[Any]) -> list[Any]:
         return list(dict.fromkeys(value))
 
     @field_validator("generation")
@@ -215,8 +253,7 @@ class SweepSpec(_Strict):
 
     @model_validator(mode="after")
     def _tasks_exist(self) -> SweepSpec:
-        if twice := _first_repeated([m.label for m in self.methods]):
-            raise InputError(f"method '{twice}' is listed twice: give the two different options or labels")
+        check_labels(self.methods)
         made = {m.label: repr((m.name, sorted(resolve_options(m.name, m.options).items()))) for m in self.methods}
         if same := _first_repeated(list(made.values())):
             one, other = [label for label, made_of in made.items() if made_of == same][:2]
@@ -283,54 +320,28 @@ def cells_of(spec: SweepSpec) -> list[CellSpec]:
     where answers are sampled. A budget of 1 is `full` and gets no cell of its own.
     """
     cells: list[CellSpec] = []
-    budgets = [b for b in map(parse_budget, spec.budgets) if b != Share(1.0)]
+    budgets = [budget for budget in spec.budgets if budget != Share(1.0)]
     sampled = generation_arguments(spec.generation)["do_sample"]
+    methods = [MethodSpec(name="full")] + [method for method in spec.methods if method.name != "full"]
     for backbone in spec.backbones:
+        resolved = [(method, _options_by_seed(method, backbone, spec.seeds, sampled)) for method in methods]
         for task in spec.task_names():
-            everything = [MethodSpec(name="full")] + [m for m in spec.methods if m.name != "full"]
-            for method in everything:
-                drawn = "seed" in options_of(method.name) and "seed" not in method.options
+            for method, by_seed in resolved:
                 for budget in [Share(1.0)] if method.name == "full" else budgets:
-                    for seed in spec.seeds if drawn or sampled else spec.seeds[:1]:
-                        given = {**({"seed": seed} if drawn else {}), **method.options}
-                        options = resolve_options(method.name, given, backbone.pretrained)
+                    for seed, options in by_seed.items():
                         cells.append(CellSpec(backbone, method.name, method.label, options, budget, task, seed))
     return cells
 
 
-def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> SweepSpec:
-    """Read a spec from YAML; `overrides` (from flags) win.
-
-    Raises:
-        InputError: missing file, YAML that can't be parsed, unknown field (with the nearest existing one), wrong value.
-    """
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"spec '{path}' can't be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"spec '{path}' is not YAML: it is not text in UTF-8") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"spec '{path}' is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, Mapping):
-        raise InputError(f"spec '{path}' must be a mapping of fields, e.g. 'budgets: [0.2]'")
-    return make_spec({**data, **(overrides or {})})
-
-
-def make_spec(data: Mapping[str, Any]) -> SweepSpec:
-    """A checked spec from plain data; pydantic's report becomes one line with the near match for a mistyped field."""
-    try:
-        return SweepSpec.model_validate(dict(data))
-    except ValidationError as error:
-        raise _readable(error) from error
-
-
-def make_method(data: Any) -> MethodSpec:
-    """A checked method from its name or a mapping, with the same one-line errors as `make_spec`."""
-    try:
-        return MethodSpec.model_validate(data)
-    except ValidationError as error:
-        raise _readable(error) from error
+def _options_by_seed(
+    method: MethodSpec, backbone: BackboneSpec, seeds: Sequence[int], sampled: bool
+) -> dict[int, dict[str, Any]]:
+    """A method's complete options for each seed that it is run with; one that draws nothing is run with the first."""
+    drawn = "seed" in options_of(method.name) and "seed" not in method.options
+    return {
+        seed: resolve_options(method.name, {**({"seed": seed} if drawn else {}), **method.options}, backbone.pretrained)
+        for seed in (seeds if drawn or sampled else seeds[:1])
+    }
 
 
 @functools.lru_cache
@@ -359,26 +370,20 @@ def _all(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
+def one_or_many(value: Any) -> Any:
+    """What was given for a list, as a list: one value alone stands for a list of it."""
+    return [value] if isinstance(value, str | int | float | Mapping | Budget) else value
+
+
+def check_labels(methods: Sequence[MethodSpec]) -> None:
+    """Refuse methods that tables would call the same.
+
+    Raises:
+        InputError: naming the label.
+    """
+    if twice := _first_repeated([m.label for m in methods]):
+        raise InputError(f"method '{twice}' is listed twice: give the two different options or labels")
+
+
 def _first_repeated(values: Sequence[str]) -> str | None:
     return next((value for number, value in enumerate(values) if value in values[:number]), None)
-
-
-def _readable(error: ValidationError) -> InputError:
-    # A mistyped name first: that a needed field is missing is then only its consequence.
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, InputError):
-        return cause
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        models: dict[str, type[BaseModel]] = {"backbones": BackboneSpec, "methods": MethodSpec}
-        model = models.get(str(first["loc"][0]), SweepSpec)
-        return unknown("field of the spec", str(first["loc"][-1]), model.model_fields)
-    return InputError(
-        f"field '{where}' of the spec: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
-    )
-
-
-def spec_yaml(spec: SweepSpec) -> str:
-    """The spec as YAML that `load_spec` reads back to the same spec."""
-    return yaml.safe_dump(spec.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)

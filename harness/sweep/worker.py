@@ -9,22 +9,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from visionselector_eval.baselines import build, parse_budget
+from visionselector_eval.baselines import Budget, Compressor, build
 from visionselector_eval.baselines.contract.errors import InputError, one_line
-from visionselector_eval.models.answering import Answer, Answerer, PreparedBatch, Request, Setting
+from visionselector_eval.models.answering import Answer, Answerer, CompressorAtBudget, PreparedBatch, Request
 from visionselector_eval.models.generation import generation_arguments
 from visionselector_eval.models.inputs import MediaSettings, UnsupportedMediaError
 from visionselector_eval.models.loading import load_backbone
-from visionselector_eval.models.protocols import arranged, new_tokens
-from visionselector_eval.models.tiny import EMBEDDED
+from visionselector_eval.models.tiny import thread_limit
 from visionselector_eval.tasks import binding
 
 if TYPE_CHECKING:
@@ -36,19 +33,19 @@ Document = tuple[str, int]  # lmms-eval task name and document number
 
 
 @dataclass(frozen=True)
-class Work:
+class PendingCell:
     """What is left to do of one cell: plain data, so that it travels to a worker."""
 
     digest: str
     method: str
     options: Mapping[str, Any]
-    budget: str
+    budget: Budget
     seed: int = 0
     done: frozenset[Document] = frozenset()
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkUnit:
     """Cells that share a backbone, a task and pixel settings; plain data.
 
     Attributes:
@@ -74,9 +71,14 @@ class Unit:
     generation: Mapping[str, Any]
     batch_size: int
     on_bad_document: str
-    cells: tuple[Work, ...]
+    cells: tuple[PendingCell, ...]
     protocol: str = "checkpoint"
     data_root: str | None = None
+
+    @property
+    def checkpoint(self) -> tuple[str, str | None, str, str, str]:
+        """The arguments of `backbone_of`."""
+        return self.pretrained, self.revision, self.device, self.dtype, self.attn_implementation
 
 
 @dataclass(frozen=True)
@@ -103,16 +105,18 @@ _loaded: dict[tuple[Any, ...], Backbone] = {}
 _bound: dict[tuple[Any, ...], binding.BoundTask] = {}
 
 
-def backbone_of(unit: Unit) -> Backbone:
-    """The unit's backbone; the last one loaded stays, so that the units of one backbone load it once."""
-    key = (unit.pretrained, unit.revision, unit.device, unit.dtype, unit.attn_implementation)
+def backbone_of(pretrained: str, revision: str | None, device: str, dtype: str, attn_implementation: str) -> Backbone:
+    """A loaded backbone; the last one stays, so that all that follows on one backbone loads it once.
+
+    Args:
+        pretrained, revision, device, dtype, attn_implementation: as for `load_backbone`.
+    """
+    key = (pretrained, revision, device, dtype, attn_implementation)
     if key not in _loaded:
         _loaded.clear()  # free the old one before the new one needs its memory
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        _loaded[key] = load_backbone(
-            unit.pretrained, unit.device, unit.dtype, unit.attn_implementation, revision=unit.revision
-        )
+        _loaded[key] = load_backbone(pretrained, device, dtype, attn_implementation, revision=revision)
     return _loaded[key]
 
 
@@ -126,60 +130,47 @@ def bound_task(
     return _bound[key]
 
 
-def bind_compressor(work: Work, backbone: Backbone) -> Setting:
-    """The compressor of a cell, bound to the backbone, at its budget.
+def bind_compressors(cells: Sequence[PendingCell], backbone: Backbone) -> dict[str, CompressorAtBudget | Exception]:
+    """The compressor of each cell, by its digest, bound to the backbone, at its budget; each is built once.
 
-    Raises:
-        InputError: a method that does not fit the backbone (no scorer weights, another width).
+    Where one can't be built, does not fit the backbone (no scorer weights, another width) or refuses its budget, the
+    cell gets the exception.
     """
-    return Setting(backbone.bind(build(work.method, **work.options)), parse_budget(work.budget), work.seed)
-
-
-def document_requests(
-    bound: binding.BoundTask, generation: Mapping[str, Any], protocol: str
-) -> list[tuple[Document, Request]]:
-    """Every document of a task as a request, in upstream's order.
-
-    Args:
-        generation: goes over the settings of the task and of the protocol.
-        protocol: how the task is asked.
-    """
-
-    def messages(asked: binding.DocRequest) -> list[dict[str, Any]]:
-        return arranged(protocol, asked.messages().to_hf_messages(), asked.context)
-
-    made = []
-    for asked in binding.requests(bound):
-        settings = {**new_tokens(protocol, asked.task, asked.generation), "until": asked.until, **generation}
-        until = settings.pop("until") or []
-        made.append(
-            (
-                (asked.task, asked.doc_id),
-                Request(
-                    key=f"{asked.task}/{asked.doc_id}",
-                    messages=partial(messages, asked),
-                    generation=settings,
-                    until=(until,) if isinstance(until, str) else tuple(until),
-                ),
+    bound: dict[str, Compressor | Exception] = {}
+    settings: dict[str, CompressorAtBudget | Exception] = {}
+    for cell in cells:
+        key = repr((cell.method, sorted(cell.options.items())))
+        if key not in bound:
+            try:
+                bound[key] = backbone.bind(build(cell.method, **cell.options))
+            except Exception as error:
+                bound[key] = error
+        compressor = bound[key]
+        try:
+            settings[cell.digest] = (
+                compressor
+                if isinstance(compressor, Exception)
+                else CompressorAtBudget(compressor, cell.budget, cell.seed)
             )
-        )
-    return made
+        except InputError as error:
+            settings[cell.digest] = error
+    return settings
 
 
-def batches_of(requests: list[tuple[Document, Request]], size: int) -> list[list[tuple[Document, Request]]]:
+def batches_of(requests: Sequence[Request], size: int) -> list[list[Request]]:
     """Batches of documents with equal generation settings.
 
     They depend on nothing but the documents and `size`, so that a resumed cell is answered in the same batches, and so
     with the same rounding, as an undisturbed one.
     """
     batches = []
-    for _, run in groupby(requests, key=lambda r: sorted(generation_arguments(r[1].generation).items(), key=str)):
+    for _, run in groupby(requests, key=lambda r: sorted(generation_arguments(r.generation).items(), key=str)):
         group = list(run)
         batches += [group[i : i + size] for i in range(0, len(group), size)]
     return batches
 
 
-def answer_unit(unit: Unit) -> Iterator[Event]:
+def answer_unit(unit: WorkUnit) -> Iterator[Event]:
     """Answer what is left of every cell of `unit`, batch by batch.
 
     Yields:
@@ -188,49 +179,33 @@ def answer_unit(unit: Unit) -> Iterator[Event]:
     Raises:
         InputError: the backbone or the task can't be loaded.
     """
-    with _threads_for(unit.pretrained):
+    with thread_limit(unit.pretrained):
         yield from _answer_unit(unit)
 
 
-@contextmanager
-def _threads_for(pretrained: str) -> Iterator[None]:
-    """One thread of torch for the embedded checkpoint, as many as there are for any other.
-
-    Its tensors are so small that a second thread only waits for the first. Where other programs want the cores, too,
-    that waiting made a run ten times as long. And sums of one thread are the same wherever it runs.
-    """
-    before = torch.get_num_threads()
-    try:
-        if pretrained in EMBEDDED:
-            torch.set_num_threads(1)
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _answer_unit(unit: Unit) -> Iterator[Event]:
-    backbone = backbone_of(unit)
+def _answer_unit(unit: WorkUnit) -> Iterator[Event]:
+    backbone = backbone_of(*unit.checkpoint)
     remark = getattr(backbone, "remark", "")
-    settings: dict[str, Setting] = {}
-    for work in unit.cells:
-        try:
-            settings[work.digest] = bind_compressor(work, backbone)
-        except Exception as error:
-            yield Failed(work.digest, reason_of(error))
+    settings: dict[str, CompressorAtBudget] = {}
+    for digest, setting in bind_compressors(unit.cells, backbone).items():
+        if isinstance(setting, Exception):
+            yield Failed(digest, reason_of(setting))
+        else:
+            settings[digest] = setting
     bound = bound_task(unit.task, unit.base_model, unit.limit, unit.data_root)
     answerer = Answerer(backbone, MediaSettings(**unit.media))
     alive = {work.digest: work for work in unit.cells if work.digest in settings}
     for number, batch in enumerate(
-        batches_of(document_requests(bound, unit.generation, unit.protocol), unit.batch_size)
+        batches_of(binding.requests(bound, unit.protocol, unit.generation), unit.batch_size)
     ):
         # Cells with the same documents left share the decode and the vision pass: all of them, but for a cell that was
         # begun with another batch size.
         waiting: dict[tuple[Document, ...], list[str]] = {}
         for digest, work in alive.items():
-            if left := tuple(document for document, _ in batch if document not in work.done):
+            if left := tuple(r.document for r in batch if r.document not in work.done):
                 waiting.setdefault(left, []).append(digest)
         for left, digests in waiting.items():
-            asked = [(document, request) for document, request in batch if document in left]
+            asked = [request for request in batch if request.document in left]
             try:
                 prepared, skipped = _prepare(answerer, asked, [settings[d] for d in digests], unit.on_bad_document)
             except Exception as error:
@@ -250,7 +225,7 @@ def _answer_unit(unit: Unit) -> Iterator[Event]:
 
 
 def _prepare(
-    answerer: Answerer, asked: list[tuple[Document, Request]], settings: list[Setting], on_bad_document: str
+    answerer: Answerer, asked: list[Request], settings: list[CompressorAtBudget], on_bad_document: str
 ) -> tuple[PreparedBatch | None, dict[Document, str]]:
     """A batch, prepared, and the documents that had to be left out of it with the reason.
 
@@ -258,27 +233,26 @@ def _prepare(
         InputError: a document that can't be read, named, unless it is to be skipped.
     """
     try:
-        return answerer.prepare([request for _, request in asked], settings), {}
+        return answerer.prepare(asked, settings), {}
     except UnsupportedMediaError as error:  # not this document's fault: skipping would score the whole task as empty
-        raise InputError(f"{asked[0][0][0]} can't be answered: {error}") from error
+        raise InputError(f"{asked[0].task} can't be answered: {error}") from error
     except InputError as error:
         broken: dict[Document, str] = {}
-        for document, request in asked:  # one by one, to find out which
+        for request in asked:  # one by one, to find out which
             try:
                 answerer.inputs([request])
             except UnsupportedMediaError as cause:
-                raise InputError(f"{document[0]} can't be answered: {cause}") from cause
+                raise InputError(f"{request.task} can't be answered: {cause}") from cause
             except InputError as cause:
-                task, doc_id = document
-                named = f"document {doc_id} of {task}"
-                broken[document] = str(cause) if named in str(cause) else f"{named}: {cause}"
+                named = f"document {request.doc_id} of {request.task}"
+                broken[request.document] = str(cause) if named in str(cause) else f"{named}: {cause}"
         if not broken:
             raise
         if on_bad_document == "fail":
             raise InputError(next(iter(broken.values()))) from error
     for reason in broken.values():
         log.warning("skipped: %s", reason)
-    readable = [request for document, request in asked if document not in broken]
+    readable = [request for request in asked if request.document not in broken]
     return (answerer.prepare(readable, settings) if readable else None), broken
 
 

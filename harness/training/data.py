@@ -13,7 +13,7 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -306,13 +306,13 @@ def _block(
                 left_out += 1
             else:
                 name = f"{task}-{start + request.doc_id:06d}"
-                lines.append(json.dumps(_record(name, request.messages().to_hf_messages(), document.answer, folder)))
+                lines.append(json.dumps(_record(name, request.messages(), document.answer, folder)))
             if advance is not None:
                 advance(1)
     return lines, left_out
 
 
-def _record(name: str, messages: Sequence[dict[str, Any]], answer: str, folder: Path) -> dict[str, Any]:
+def _record(name: str, messages: Sequence[Mapping[str, Any]], answer: str, folder: Path) -> dict[str, Any]:
     """One conversation; its media are written."""
     files: dict[str, list[str]] = {"image": [], "video": []}
     turns: list[dict[str, str]] = []

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from visionselector_eval.baselines.contract.budget import Share, parse_budget
+from visionselector_eval.baselines.contract.budget import Share
 from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.models.dynamic_qwen.predictor import Predictor, load_predictor
 from visionselector_eval.models.dynamic_qwen.training import (
@@ -162,7 +162,7 @@ class CompressorLearner(Learner):
 
     def __init__(self, backbone: Backbone, learned: nn.Module, spec: CompressorSpec) -> None:
         super().__init__(backbone, learned, spec)
-        self.budget = parse_budget(spec.budget)
+        self.budget = spec.budget
 
     def _read(self, batch: Mapping[str, Any]) -> tuple[Prompt, Encoded, list[int]]:
         """The prompts, their encoded pictures, and which prompt each picture belongs to; nothing with gradient."""

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from visionselector_eval.baselines.contract.budget import Share, parse_budget
+from visionselector_eval.baselines.contract.budget import Budget, Share
 from visionselector_eval.baselines.contract.errors import InputError, unknown
+from visionselector_eval.models.settings import BudgetField, Flag, Settings
 from visionselector_eval.models.tiny import EMBEDDED, TINY
 
 # At most 64 tokens a picture: what the published recipe trains with (arXiv 2510.16598).
 _PUBLISHED_PIXELS = {"min_pixels": 784, "max_pixels": 50_176}
 
 
-class TrainSpec(BaseModel):
+class TrainSpec(Settings):
     """What all trainings have in common."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
-
+    subject = "the training spec"
     kind: ClassVar[str] = ""
 
     output: str = Field(default="runs/training", description="folder of the result, and of the checkpoints on the way")
@@ -61,7 +59,9 @@ class TrainSpec(BaseModel):
         default=None, description="start from these weights (folder, .safetensors file or hub id), not from random ones"
     )
     seed: int = Field(default=42, ge=0, description="of initial weights, order of samples and random decisions")
-    system_prompt: str | None = Field(default=None, description="first turn of every conversation")
+    system_prompt: Annotated[str | None, Flag(free_text=True)] = Field(
+        default=None, description="first turn of every conversation"
+    )
     max_length: int | None = Field(
         default=None, ge=2, description="longest sample in tokens; by default the backbone's context"
     )
@@ -139,7 +139,9 @@ class TrainSpec(BaseModel):
 class CompressorSpec(TrainSpec):
     """Training of a module that chooses among visual tokens, beside a frozen backbone."""
 
-    budget: str = Field(default="0.2", description="share of visual tokens to keep while training, or a count (16tok)")
+    budget: BudgetField = Field(
+        default=Share(0.2), description="share of visual tokens to keep while training, or a count (16tok)"
+    )
     upstream_exact: bool = Field(default=False, description="the published implementation's scope and rounding")
     accumulation: int = Field(default=4, ge=1, description="micro-batches of an optimiser step")
     min_pixels: int | None = Field(
@@ -154,13 +156,12 @@ class CompressorSpec(TrainSpec):
     )
     max_num_frames: int = Field(default=32, ge=1, description="most frames of a video")
 
-    @field_validator("budget", mode="before")
+    @field_validator("budget")
     @classmethod
-    def _budget(cls, value: Any) -> str:
-        budget = parse_budget(value)
-        if budget == Share(1.0):
+    def _budget(cls, value: Budget) -> Budget:
+        if value == Share(1.0):
             raise InputError("budget 1.0 keeps every visual token: there is nothing to learn, give less (e.g. 0.2)")
-        return str(budget)
+        return value
 
     @model_validator(mode="after")
     def _bounds(self) -> CompressorSpec:
@@ -230,8 +231,8 @@ class PredictorSpec(CompressorSpec):
 
     @field_validator("budget")
     @classmethod
-    def _share(cls, value: str) -> str:
-        if not isinstance(parse_budget(value), Share):
+    def _share(cls, value: Budget) -> Budget:
+        if not isinstance(value, Share):
             raise InputError(f"invalid budget {value} for training dynamic-qwen: expected a ratio, e.g. 0.2")
         return value
 
@@ -309,48 +310,3 @@ class TokenFusionSpec(TrainSpec):
 
 
 SPECS: dict[str, type[TrainSpec]] = {spec.kind: spec for spec in (SelectorSpec, PredictorSpec, TokenFusionSpec)}
-
-_Spec = TypeVar("_Spec", bound=TrainSpec)
-
-
-def make_train_spec(kind: type[_Spec], data: Mapping[str, Any]) -> _Spec:
-    """A checked spec from plain data.
-
-    Raises:
-        InputError: an unknown field (with the nearest existing one) or a wrong value, in one line.
-    """
-    try:
-        return kind.model_validate(dict(data))
-    except ValidationError as error:
-        # A mistyped name first: that something else is wrong is often only its consequence.
-        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        if isinstance(cause := first.get("ctx", {}).get("error"), InputError):
-            raise cause from error
-        where = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise unknown("field of the training spec", where, kind.model_fields) from error
-        raise InputError(
-            f"field '{where}' of the training spec: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
-        ) from error
-
-
-def load_train_spec(kind: type[_Spec], path: str | Path, overrides: Mapping[str, Any] | None = None) -> _Spec:
-    """Read a spec from YAML; `overrides` (from flags) win.
-
-    Raises:
-        InputError: missing file, no YAML, unknown field, wrong value.
-    """
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"spec '{path}' can't be read: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"spec '{path}' is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, Mapping):
-        raise InputError(f"spec '{path}' must be a mapping of fields, e.g. 'learning_rate: 5e-5'")
-    return make_train_spec(kind, {**data, **(overrides or {})})
-
-
-def spec_yaml(spec: TrainSpec) -> str:
-    """The spec as YAML that `load_train_spec` reads back to the same spec."""
-    return yaml.safe_dump(spec.model_dump(), sort_keys=False, allow_unicode=True)

@@ -24,12 +24,12 @@ from transformers.utils import logging as hf_logging
 
 from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.models.inputs import MediaSettings
-from visionselector_eval.models.tiny import EMBEDDED
+from visionselector_eval.models.tiny import thread_limit
 from visionselector_eval.models.training.data import Collator, Conversations, Tokeniser
 from visionselector_eval.models.training.export import KINDS, Kind, read_config, write_atomically
 from visionselector_eval.models.training.learners import Learner, Outcome, PredictorLearner, SelectorLearner
 from visionselector_eval.models.training.records import MediaPaths
-from visionselector_eval.models.training.spec import PredictorSpec, SelectorSpec, TokenFusionSpec, TrainSpec, spec_yaml
+from visionselector_eval.models.training.spec import PredictorSpec, SelectorSpec, TokenFusionSpec, TrainSpec
 from visionselector_eval.models.training.token_fusion import TokenFusionLearner
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class TrainingStopped(InputError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What a training is going to do.
 
     Attributes:
@@ -254,14 +254,14 @@ def learner_of(spec: TrainSpec, backbone: Backbone) -> Learner:
     return LEARNERS[spec.kind].build(backbone, spec)
 
 
-def plan(spec: TrainSpec, learner: Learner, data: Conversations, processes: int = 1) -> Plan:
+def plan(spec: TrainSpec, learner: Learner, data: Conversations, processes: int = 1) -> TrainingPlan:
     """What the training would do."""
     accumulation = spec.micro_batches(processes)
     effective = spec.batch_size * accumulation * processes
     batches = math.ceil(len(data) / (spec.batch_size * processes))
     steps = spec.max_steps or math.ceil(spec.epochs * math.ceil(batches / accumulation))
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
-    return Plan(len(data), data.sha256, steps, trained, effective)
+    return TrainingPlan(len(data), data.sha256, steps, trained, effective)
 
 
 def media_of(spec: TrainSpec) -> MediaSettings:
@@ -274,9 +274,9 @@ def train(
     *,
     callbacks: Sequence[TrainerCallback] = (),
     overwrite: bool = False,
-    announce: Callable[[Plan], None] | None = None,
+    announce: Callable[[TrainingPlan], None] | None = None,
     dry_run: bool = False,
-) -> Result | Plan:
+) -> Result | TrainingPlan:
     """Train what `spec` says, or go on where a killed training of the same spec stopped.
 
     Args:
@@ -327,7 +327,7 @@ def train(
     trainer.remove_callback(PrinterCallback)  # it prints to standard output
     trainer.accelerator.wait_for_everyone()  # the first process may have tidied the folder
     resume = last_checkpoint(folder / _CHECKPOINTS)
-    with _threads_for(spec.pretrained, arguments.device):
+    with thread_limit(spec.pretrained):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -349,18 +349,6 @@ def _tensorboard_in(folder: Path) -> Iterator[None]:
     finally:
         if given is None:
             del os.environ[name]
-
-
-@contextmanager
-def _threads_for(pretrained: str, device: torch.device) -> Iterator[None]:
-    """One thread for the embedded checkpoint on a CPU: more gain nothing, and sums are then the same on any machine."""
-    before = torch.get_num_threads()
-    try:
-        if pretrained in EMBEDDED and device.type == "cpu":
-            torch.set_num_threads(1)
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _forget(folder: Path, kind: Kind) -> None:
@@ -387,14 +375,15 @@ def _begin(folder: Path, course: dict[str, Any], spec: TrainSpec, processes: int
             log.warning("begun with %d processes, going on with %d: the order of samples changes", then, processes)
         if before != now:
             raise InputError(
-                f"'{folder}' holds another training ({_difference(before, now)}): give another --output, or --overwrite"
+                f"'{folder}' holds another training ({_difference(before, now)}): give another --output, "
+                "or --existing overwrite"
             )
         return
     if folder.is_dir() and any(folder.iterdir()) and not (folder / _CHECKPOINTS).is_dir():
         raise InputError(f"output '{folder}' is there already and holds no training: give a new or empty folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "spec.yaml").write_text(spec_yaml(spec), encoding="utf-8")
+        (folder / "spec.yaml").write_text(spec.to_yaml(exclude_none=False), encoding="utf-8")
         write_atomically(noted, json.dumps({**course, "processes": processes}, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"output '{folder}' can't be written: {error.strerror or error}") from error
@@ -415,7 +404,7 @@ def _finish(
     learner: Learner,
     spec: TrainSpec,
     course: dict[str, Any],
-    planned: Plan,
+    planned: TrainingPlan,
     metrics: dict[str, float],
     notes: dict[str, Any],
 ) -> None:

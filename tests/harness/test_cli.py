@@ -402,8 +402,8 @@ def test_cells_of_other_settings_are_one_line_and_exit_code_2(tmp_path, capsys):
     assert run(capsys, *flags)[0] == 0
     code, out, err = run(capsys, *flags, "--generation", "max_new_tokens=2")
     assert (code, out) == (2, "")
-    assert re.fullmatch(rf"{PROGRAM}: .*made with other settings \(generation\).*--overwrite\n", err), err
-    assert run(capsys, *flags, "--generation", "max_new_tokens=2", "--overwrite")[0] == 0
+    assert re.fullmatch(rf"{PROGRAM}: .*made with other settings \(generation\).*--existing overwrite\n", err), err
+    assert run(capsys, *flags, "--generation", "max_new_tokens=2", "--existing", "overwrite")[0] == 0
 
 
 def test_the_demo_of_an_old_checkout_is_made_anew(tmp_path, monkeypatch, capsys):
@@ -411,7 +411,7 @@ def test_the_demo_of_an_old_checkout_is_made_anew(tmp_path, monkeypatch, capsys)
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     (demo,) = re.findall(r"^DEMO := (.*)$", makefile, re.M)
     parsed = sweep_command.parser().parse_all(shlex.split(demo))
-    assert (parsed.name, parsed.replace_stale) == ("demo", True)
+    assert (parsed.name, parsed.existing) == ("demo", "replace-stale")
     monkeypatch.chdir(tmp_path)
     fewer = ["--limit", "2", "--tasks", "tiny_pope", "--methods", "uniform", "--device", "cpu"]
     with monkeypatch.context() as then:
@@ -419,7 +419,7 @@ def test_the_demo_of_an_old_checkout_is_made_anew(tmp_path, monkeypatch, capsys)
         then.setattr("visionselector_eval.harness.sweep.plan.checkpoint_revision", lambda *a: "old weights")
         assert run(capsys, "sweep", *shlex.split(demo), *fewer)[0] == 0
         old = set(load_run("runs/demo").cells["digest"])
-    plain = [flag for flag in shlex.split(demo) if flag != "--replace-stale"]
+    plain = [flag for flag in shlex.split(demo) if flag not in ("--existing", "replace-stale")]
     code, out, err = run(capsys, "sweep", *plain, *fewer)
     assert (code, out, err.count("\n")) == (2, "", 1), "without being asked nothing is thrown away"
     code, out, _ = run(capsys, "sweep", *shlex.split(demo), *fewer)

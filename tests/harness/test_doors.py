@@ -14,10 +14,9 @@ from battery import picture
 
 from visionselector_eval.harness import cli
 from visionselector_eval.harness.profiler.run import _workloads
-from visionselector_eval.harness.profiler.spec import make_profile_spec
+from visionselector_eval.harness.profiler.spec import ProfileSpec
 from visionselector_eval.harness.sweep.plan import _prompts_hash
-from visionselector_eval.harness.sweep.spec import make_spec
-from visionselector_eval.harness.sweep.worker import document_requests
+from visionselector_eval.harness.sweep.spec import SweepSpec
 from visionselector_eval.models.lmms_eval_models import VisionSelectorLlava, VisionSelectorQwen2_5_VL
 from visionselector_eval.models.protocols import PROTOCOLS
 from visionselector_eval.models.tiny import checkpoint
@@ -76,7 +75,7 @@ def seen_by_the_command(model: Any, task: str, limit: int) -> list[Any]:
 def test_the_default_is_the_same_at_every_door(kind, name, protocol, real, tmp_path, capsys):
     pretrained = name or str(real)
     expected = PROTOCOLS[protocol].fields
-    spec = make_spec({"backbones": pretrained})
+    spec = SweepSpec.make({"backbones": pretrained})
     assert spec.protocol_of(spec.backbones[0]) == protocol
     assert spec.media(spec.backbones[0]) == expected
     model = stock(kind, pretrained)
@@ -85,7 +84,7 @@ def test_the_default_is_the_same_at_every_door(kind, name, protocol, real, tmp_p
     assert {name: getattr(settings, name) for name in expected} == expected
     assert kind(backbone=model.answerer.backbone).protocol == protocol
     (workload,) = _workloads(
-        make_profile_spec({"pretrained": pretrained, "task": "tiny_pope", "limit": 1}), model.answerer.backbone
+        ProfileSpec.make({"pretrained": pretrained, "task": "tiny_pope", "limit": 1}), model.answerer.backbone
     )
     assert workload.settings["protocol"] == protocol
     assert {name: workload.settings["media"][name] for name in expected} == expected
@@ -138,7 +137,7 @@ def layout(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
 def test_mmmu_under_visionselector_is_asked_as_published():
     """All pictures before one text that keeps `<image 1>`, and 16 new tokens; elsewhere as lmms-eval has it."""
     bound = binding.bind(MMMU, limit=4)
-    asked = {name: [r for _, r in document_requests(bound, {}, name)] for name in ("visionselector", "lmms_eval")}
+    asked = {name: binding.requests(bound, name) for name in ("visionselector", "lmms_eval")}
     for ours, theirs in zip(*asked.values(), strict=True):
         kinds = [kind for kind, _ in layout(ours.messages())]
         (text,) = [text for kind, text in layout(ours.messages()) if kind == "text"]
@@ -149,8 +148,8 @@ def test_mmmu_under_visionselector_is_asked_as_published():
         assert theirs.generation["max_new_tokens"] == 128
         pictures = [[p["image"] for m in r.messages() for p in m["content"] if "image" in p] for r in (ours, theirs)]
         assert [p.tobytes() for p in pictures[0]] == [p.tobytes() for p in pictures[1]]
-    longer = document_requests(bound, {"max_new_tokens": 64}, "visionselector")
-    assert {r.generation["max_new_tokens"] for _, r in longer} == {64}
+    longer = binding.requests(bound, "visionselector", {"max_new_tokens": 64})
+    assert {r.generation["max_new_tokens"] for r in longer} == {64}
     assert (
         _prompts_hash(bound, "visionselector") != _prompts_hash(bound, "lmms_eval") == _prompts_hash(bound, "lossless")
     )
@@ -159,8 +158,8 @@ def test_mmmu_under_visionselector_is_asked_as_published():
 @pytest.mark.parametrize("task", sorted(set(MIRRORS) - {MMMU}))
 def test_all_other_tasks_are_asked_alike(task):
     bound = binding.bind(task, limit=2)
-    made = [document_requests(bound, {}, name) for name in ("visionselector", "lmms_eval")]
-    for (_, ours), (_, theirs) in zip(*made, strict=True):
+    made = [binding.requests(bound, name) for name in ("visionselector", "lmms_eval")]
+    for ours, theirs in zip(*made, strict=True):
         assert layout(ours.messages()) == layout(theirs.messages())
         assert (ours.generation, ours.until) == (theirs.generation, theirs.until)
 
@@ -170,7 +169,7 @@ def test_the_command_asks_what_a_sweep_asks(protocol, tiny):
     for task in (MMMU, "tiny_textvqa_val", "tiny_ocrbench"):
         model = VisionSelectorQwen2_5_VL(backbone=tiny, protocol=protocol, max_pixels=16 * 784, min_pixels=784)
         theirs = seen_by_the_command(model, task, 2)
-        ours = [request for _, request in document_requests(binding.bind(task, limit=2), {}, protocol)]
+        ours = binding.requests(binding.bind(task, limit=2), protocol)
         assert [r.key for r in theirs] == [r.key for r in ours]
         for one, other in zip(theirs, ours, strict=True):
             assert layout(one.messages()) == layout(other.messages())
@@ -203,6 +202,6 @@ def test_an_empty_line_does_not_end_an_answer(tiny, monkeypatch):
             cli_args=SimpleNamespace(output_path=None, process_with_media=False),
         )
         assert results["samples"][task][0]["resps"][0][0] == expected
-        request = document_requests(bound, {}, "checkpoint")[0][1]
+        request = binding.requests(bound)[0]
         prepared = model.answerer.prepare([request], [model.setting])
         assert model.answerer.answer(prepared, model.setting)[0].text == expected

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from visionselector_eval.baselines import InputError
+from visionselector_eval.baselines.contract.budget import Share
 from visionselector_eval.harness.sweep.engines import engine
-from visionselector_eval.harness.sweep.worker import Answered, Failed, Unit, Work
+from visionselector_eval.harness.sweep.worker import Answered, Failed, PendingCell, WorkUnit
 
 ray = pytest.importorskip("ray", reason="the ray extra is optional")
 
@@ -27,8 +28,8 @@ def cluster():
     ray.shutdown()
 
 
-def unit(task: str, cells: int = 2) -> Unit:
-    return Unit(
+def unit(task: str, cells: int = 2) -> WorkUnit:
+    return WorkUnit(
         pretrained="tiny",
         revision=None,
         device="cpu",
@@ -41,11 +42,11 @@ def unit(task: str, cells: int = 2) -> Unit:
         generation={},
         batch_size=1,
         on_bad_document="fail",
-        cells=tuple(Work(f"{task}-{i}", "full", {}, "1") for i in range(cells)),
+        cells=tuple(PendingCell(f"{task}-{i}", "full", {}, Share(1.0)) for i in range(cells)),
     )
 
 
-def answers(unit: Unit):
+def answers(unit: WorkUnit):
     """Four documents a cell; what is done already is left out."""
     for number in range(4):
         for work in unit.cells:
@@ -53,7 +54,7 @@ def answers(unit: Unit):
                 yield Answered(work.digest, number, [{"task": unit.task, "doc_id": number, "answer": f"{number}"}])
 
 
-def dies_once(unit: Unit):
+def dies_once(unit: WorkUnit):
     """Loses its worker in the middle, the first time."""
     for i, event in enumerate(answers(unit)):
         yield event
@@ -64,12 +65,12 @@ def dies_once(unit: Unit):
             os._exit(1)
 
 
-def always_dies(unit: Unit):
+def always_dies(unit: WorkUnit):
     os._exit(1)
     yield
 
 
-def refuses(unit: Unit):
+def refuses(unit: WorkUnit):
     if unit.task == "bad":
         raise InputError("this unit can't be run")
     yield Failed(unit.cells[0].digest, "a reason")

@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import pytest
+from chat import media_of
 from local_data import DOCUMENTS, PICTURE, dataset, write_clips, write_task
 
 from visionselector_eval.baselines.contract.errors import InputError
@@ -101,8 +102,8 @@ def test_what_is_fetched_is_what_data_root_reads(hub: FakeHub, tmp_path: Path) -
     assert "[2/3] docvqa_val" in said
     bound = binding.bind("chartqa", data_root=root)
     assert bound.n_documents == 4
-    assert binding.requests(bound)[0].messages().extract_media()[0][0].size == PICTURE.size
-    assert len(binding.requests(binding.bind("seedbench", data_root=root))[0].messages().extract_media()[0]) == 2
+    assert media_of(binding.requests(bound)[0], "image")[0].size == PICTURE.size
+    assert len(media_of(binding.requests(binding.bind("seedbench", data_root=root))[0], "image")) == 2
     assert not list(root.rglob(".*"))
     # Again: nothing is asked of the hub.
     hub.asked.clear()
@@ -117,7 +118,7 @@ def test_videos_are_unpacked(task: str, hub: FakeHub, tmp_path: Path) -> None:
     results = fetch.fetch([task], tmp_path / "root")
     assert states(results) == {task: "fetched"}, results
     for request in binding.requests(binding.bind(task, data_root=tmp_path / "root")):
-        assert Path(request.messages().extract_media()[1][0]).stat().st_size > 0
+        assert Path(media_of(request, "video")[0]).stat().st_size > 0
     of = upstream.upstream(task)
     assert next(a for a in hub.asked if len(a) == 3)[:2] == (of.dataset_path, of.kwargs.get("revision"))
     assert not list((tmp_path / "root").rglob(".*"))
@@ -150,9 +151,7 @@ def test_big_data_are_written_in_shards(hub: FakeHub, tmp_path: Path, monkeypatc
 
 def test_pictures_are_joined_as_upstream_does(hub: FakeHub, tmp_path: Path) -> None:
     fetch.fetch(["gqa"], tmp_path)
-    widths = [
-        r.messages().extract_media()[0][0].width for r in binding.requests(binding.bind("gqa", data_root=tmp_path))
-    ]
+    widths = [media_of(r, "image")[0].width for r in binding.requests(binding.bind("gqa", data_root=tmp_path))]
     assert widths == [112, 56, 112, 84]
 
 
@@ -164,7 +163,7 @@ def test_pictures_in_files_of_a_cache_are_taken_along(hub: FakeHub, tmp_path: Pa
     fetch.fetch(["chartqa"], tmp_path / "root")
     picture.unlink()
     asked = binding.requests(binding.bind("chartqa", data_root=tmp_path / "root"))
-    assert asked[0].messages().extract_media()[0][0].size == PICTURE.size
+    assert media_of(asked[0], "image")[0].size == PICTURE.size
 
 
 def test_one_failed_task_does_not_stop_the_others(

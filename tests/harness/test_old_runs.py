@@ -36,5 +36,5 @@ def test_a_sweep_in_a_folder_of_0_1_0_names_the_way_out(run_folder, capsys):
     code = main(["sweep", *asked])
     said = capsys.readouterr()
     assert code == 2
-    assert "--replace-stale" in said.err
+    assert "--existing replace-stale" in said.err
     assert "Traceback" not in said.err

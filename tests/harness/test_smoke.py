@@ -23,10 +23,11 @@ from visionselector_eval.baselines.random import Random
 from visionselector_eval.harness import cli
 from visionselector_eval.harness.cli.arguments import PROGRAM
 from visionselector_eval.harness.cli.commands import COMMANDS
+from visionselector_eval.harness.cli.smoke import tolerance_of
 from visionselector_eval.harness.smoke.compare import Outcome, Tolerance, compare
 from visionselector_eval.harness.smoke.expectation import DEFAULTS, EXPECTATION, Expectation, read
 from visionselector_eval.harness.smoke.junit import to_junit
-from visionselector_eval.harness.smoke.run import spec_of, tolerance_of
+from visionselector_eval.harness.smoke.run import spec_of
 from visionselector_eval.harness.sweep import worker
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,15 +15,7 @@ from visionselector_eval.baselines.contract.budget import Share
 from visionselector_eval.harness import cli
 from visionselector_eval.harness.cli import sweep as sweep_command
 from visionselector_eval.harness.cli.arguments import spec_from
-from visionselector_eval.harness.sweep.spec import (
-    BackboneSpec,
-    SweepSpec,
-    cells_of,
-    load_spec,
-    make_method,
-    make_spec,
-    spec_yaml,
-)
+from visionselector_eval.harness.sweep.spec import BackboneSpec, MethodSpec, SweepSpec, cells_of
 from visionselector_eval.models.inputs import MediaSettings
 from visionselector_eval.models.protocols import PROTOCOLS
 from visionselector_eval.models.tiny import checkpoint
@@ -67,10 +59,10 @@ def from_flags(*flags: str) -> SweepSpec:
 
 @pytest.mark.parametrize("fields", [{}, RICH, {"tasks": ["tiny_pope"], "budgets": 0.2}], ids=["default", "all", "few"])
 def test_a_spec_written_as_yaml_is_read_back_the_same(fields, tmp_path):
-    spec = make_spec(fields)
-    (tmp_path / "spec.yaml").write_text(spec_yaml(spec))
-    assert load_spec(tmp_path / "spec.yaml") == spec
-    assert cells_of(load_spec(tmp_path / "spec.yaml")) == cells_of(spec)
+    spec = SweepSpec.make(fields)
+    (tmp_path / "spec.yaml").write_text(spec.to_yaml())
+    assert SweepSpec.load(tmp_path / "spec.yaml") == spec
+    assert cells_of(SweepSpec.load(tmp_path / "spec.yaml")) == cells_of(spec)
 
 
 @given(
@@ -79,8 +71,8 @@ def test_a_spec_written_as_yaml_is_read_back_the_same(fields, tmp_path):
     st.lists(st.sampled_from(["divprune", "random", "uniform", "visionzip"]), min_size=1, max_size=3, unique=True),
 )
 def test_any_grid_survives_yaml(budgets, seeds, methods):
-    spec = make_spec({"budgets": budgets, "seeds": seeds, "methods": methods})
-    assert make_spec(yaml.safe_load(spec_yaml(spec))) == spec
+    spec = SweepSpec.make({"budgets": budgets, "seeds": seeds, "methods": methods})
+    assert SweepSpec.make(yaml.safe_load(spec.to_yaml())) == spec
 
 
 def test_flags_and_yaml_say_the_same(tmp_path):
@@ -89,7 +81,7 @@ def test_flags_and_yaml_say_the_same(tmp_path):
         *("--budgets", "0.2", "20%", "64tok", "--tasks", "tiny_pope", "--limit", "4", "--batch-size", "2"),
         *("--seeds", "1", "2", "--generation", "max_new_tokens=4", "--max-pixels", "50176", "--fps", "0.5"),
     )
-    by_yaml = make_spec(
+    by_yaml = SweepSpec.make(
         {
             "methods": ["divprune", {"name": "random", "seed": 2}, {"name": "divprune", "upstream_exact": True}],
             "budgets": ["0.2", "64tok"],
@@ -109,7 +101,7 @@ def test_flags_and_yaml_say_the_same(tmp_path):
 def test_flags_win_over_the_file_and_tasks_replace_its_suite(tmp_path):
     (tmp_path / "spec.yaml").write_text("suite: tiny\nbudgets: [0.3, 0.1]\nlimit: 8\n")
     spec = from_flags("--spec", str(tmp_path / "spec.yaml"), "--limit", "2", "--tasks", "tiny_pope")
-    assert (spec.limit, spec.task_names(), spec.budgets) == (2, ["tiny_pope"], ["0.3", "0.1"])
+    assert (spec.limit, spec.task_names(), spec.budgets) == (2, ["tiny_pope"], [Share(0.3), Share(0.1)])
 
 
 def test_a_scorer_given_by_flag_goes_to_every_method_that_takes_one(tmp_path):
@@ -158,7 +150,7 @@ def places(spec: SweepSpec) -> list[tuple[str, str, str, int]]:
 
 def test_full_stands_once_for_each_task_whatever_the_budgets():
     for methods in (["divprune"], ["full", "divprune"], ["divprune", "full"]):
-        spec = make_spec({"methods": methods, "budgets": [0.3, 0.1], "tasks": ["tiny_pope", "tiny_mme"]})
+        spec = SweepSpec.make({"methods": methods, "budgets": [0.3, 0.1], "tasks": ["tiny_pope", "tiny_mme"]})
         assert places(spec) == [
             (task, *cell)
             for task in ("tiny_pope", "tiny_mme")
@@ -167,15 +159,15 @@ def test_full_stands_once_for_each_task_whatever_the_budgets():
 
 
 def test_budget_one_is_the_full_row_and_no_other():
-    spec = make_spec({"methods": ["divprune"], "budgets": [1.0, "100%", 0.2], "tasks": ["tiny_pope"]})
+    spec = SweepSpec.make({"methods": ["divprune"], "budgets": [1.0, "100%", 0.2], "tasks": ["tiny_pope"]})
     assert places(spec) == [("tiny_pope", "full", "1", 0), ("tiny_pope", "divprune", "0.2", 0)]
-    only = make_spec({"methods": ["divprune", "random"], "budgets": 1, "tasks": ["tiny_pope"]})
+    only = SweepSpec.make({"methods": ["divprune", "random"], "budgets": 1, "tasks": ["tiny_pope"]})
     assert places(only) == [("tiny_pope", "full", "1", 0)]
 
 
 def test_seeds_multiply_what_draws_and_nothing_else():
     fields = {"methods": ["divprune", "random"], "budgets": 0.2, "tasks": ["tiny_pope"], "seeds": [0, 1, 1, 2]}
-    drawn = [(c.label, c.seed, c.options.get("seed")) for c in cells_of(make_spec(fields))]
+    drawn = [(c.label, c.seed, c.options.get("seed")) for c in cells_of(SweepSpec.make(fields))]
     assert drawn == [
         ("full", 0, None),
         ("divprune", 0, None),
@@ -183,30 +175,32 @@ def test_seeds_multiply_what_draws_and_nothing_else():
         ("random", 1, 1),
         ("random", 2, 2),
     ]
-    fixed = make_spec({**fields, "methods": [{"name": "random", "seed": 7}]})
+    fixed = SweepSpec.make({**fields, "methods": [{"name": "random", "seed": 7}]})
     assert [(c.label, c.seed, c.options.get("seed")) for c in cells_of(fixed)][1:] == [("random[seed=7]", 0, 7)]
     for sampled in ({"temperature": 0.7}, {"do_sample": True}):
-        everything = cells_of(make_spec({**fields, "methods": ["divprune"], "generation": sampled}))
+        everything = cells_of(SweepSpec.make({**fields, "methods": ["divprune"], "generation": sampled}))
         assert [(c.label, c.seed) for c in everything] == [(m, s) for m in ("full", "divprune") for s in (0, 1, 2)]
-    greedy = cells_of(make_spec({**fields, "methods": ["divprune"], "generation": {"temperature": 0}}))
+    greedy = cells_of(SweepSpec.make({**fields, "methods": ["divprune"], "generation": {"temperature": 0}}))
     assert len(greedy) == 2
 
 
 def test_options_are_complete_and_budgets_are_counted_once():
-    cells = cells_of(make_spec({"methods": ["visionzip"], "budgets": [0.2, "20%", "0.20"], "tasks": ["tiny_pope"]}))
+    cells = cells_of(
+        SweepSpec.make({"methods": ["visionzip"], "budgets": [0.2, "20%", "0.20"], "tasks": ["tiny_pope"]})
+    )
     assert [c.budget for c in cells] == [Share(1.0), Share(0.2)]
     assert "upstream_exact" in cells[1].options
     assert "on tiny_pope" in cells[1].title
 
 
 def test_a_suite_and_tasks_add_up_without_repeats():
-    spec = make_spec({"suite": "tiny", "tasks": ["chartqa", "tiny_pope"]})
+    spec = SweepSpec.make({"suite": "tiny", "tasks": ["chartqa", "tiny_pope"]})
     assert spec.task_names() == [*load_suites().suites["tiny"], "chartqa"]
-    assert make_spec({}).suite == "tiny"
+    assert SweepSpec.make({}).suite == "tiny"
 
 
 def test_labels_tell_options_apart():
-    labels = [m.label for m in make_spec(RICH).methods]
+    labels = [m.label for m in SweepSpec.make(RICH).methods]
     assert labels == ["divprune", "DivPrune (paper)", "random[seed=3]"]
     twice = ["divprune", {"name": "random", "label": "divprune"}]
     same = ["divprune", {"name": "divprune", "upstream_exact": False}]
@@ -217,22 +211,26 @@ def test_labels_tell_options_apart():
         ([{"name": "divprune", "label": "full"}], "label 'full'"),
     ):
         with pytest.raises(InputError, match=message):
-            make_spec({"methods": methods})
+            SweepSpec.make({"methods": methods})
 
 
 def test_protocols_resolve_by_checkpoint_and_give_way_to_the_spec(tmp_path, llava_folder):
     tiny, real = BackboneSpec(pretrained="tiny"), BackboneSpec(pretrained=str(tmp_path))
     shutil.copy(checkpoint() / "config.json", tmp_path)
     published = PROTOCOLS["visionselector"].fields
-    auto = make_spec({})
+    auto = SweepSpec.make({})
     assert auto.media(tiny) == {}
     assert auto.media(real) == published
     assert auto.media(BackboneSpec(pretrained=str(llava_folder))) == PROTOCOLS["llava_stf"].fields
     assert published["max_pixels"] == 2048 * 28 * 28
     for name, row in PROTOCOLS.items():
-        assert make_spec({"protocol": name}).media(tiny) == make_spec({"protocol": name}).media(real) == row.fields
+        assert (
+            SweepSpec.make({"protocol": name}).media(tiny)
+            == SweepSpec.make({"protocol": name}).media(real)
+            == row.fields
+        )
         MediaSettings(**row.fields)
-    over = make_spec({"max_pixels": 300_000, "system_prompt": "", "max_num_frames": 4, "fps": 1, "jpeg": False})
+    over = SweepSpec.make({"max_pixels": 300_000, "system_prompt": "", "max_num_frames": 4, "fps": 1, "jpeg": False})
     assert over.media(tiny)["max_pixels"] == over.media(tiny)["video_max_pixels"] == 300_000
     media = over.media(real)
     assert (media["max_pixels"], media["video_max_pixels"], media["min_pixels"]) == (300_000, 300_000, 256 * 28 * 28)
@@ -264,25 +262,25 @@ BAD: dict[str, tuple[dict, str]] = {
         "unknown field of the spec 'pretraned': did you mean 'pretrained'",
     ),
     "two backbones of a name": ({"backbones": ["tiny", "tiny"]}, "backbone 'tiny' is listed twice"),
-    "no methods": ({"methods": []}, "field 'methods'"),
-    "no budgets": ({"budgets": []}, "field 'budgets'"),
-    "no backbones": ({"backbones": []}, "field 'backbones'"),
-    "no seeds": ({"seeds": []}, "field 'seeds'"),
+    "no methods": ({"methods": []}, "invalid methods in the spec: list should have at least 1 item"),
+    "no budgets": ({"budgets": []}, "invalid budgets in the spec: list should have at least 1 item"),
+    "no backbones": ({"backbones": []}, "invalid backbones in the spec: list should have at least 1 item"),
+    "no seeds": ({"seeds": []}, "invalid seeds in the spec: list should have at least 1 item"),
     "seed that is no number": ({"seeds": ["a"]}, "seeds.0"),
     "half a seed": ({"seeds": 1.5}, "seeds.0"),
-    "no documents": ({"limit": 0}, "field 'limit' of the spec: input should be greater than or equal to 1, got 0"),
-    "half a document": ({"limit": 1.5}, "field 'limit'"),
+    "no documents": ({"limit": 0}, "invalid limit 0 in the spec: expected a number greater than or equal to 1"),
+    "half a document": ({"limit": 1.5}, "invalid limit .* in the spec: expected "),
     "half a pair of documents": ({"limit": 3, "tasks": ["tiny_mme"]}, "groups of 2, try 4"),
     "half a pair in a suite": ({"limit": 3}, "limit 3 for tiny_mme"),
-    "empty batch": ({"batch_size": 0}, "field 'batch_size'"),
+    "empty batch": ({"batch_size": 0}, "invalid batch_size .* in the spec: expected "),
     "unknown protocol": ({"protocol": "losless"}, "unknown protocol 'losless': did you mean 'lossless'"),
-    "no frames": ({"max_num_frames": 0}, "field 'max_num_frames'"),
-    "no time": ({"fps": 0}, "field 'fps'"),
+    "no frames": ({"max_num_frames": 0}, "invalid max_num_frames .* in the spec: expected "),
+    "no time": ({"fps": 0}, "invalid fps .* in the spec: expected "),
     "unknown generation setting": (
         {"generation": {"max_new_token": 4}},
         "unknown generation setting 'max_new_token': did you mean 'max_new_tokens'",
     ),
-    "generation that is no mapping": ({"generation": 3}, "field 'generation'"),
+    "generation that is no mapping": ({"generation": 3}, "invalid generation .* in the spec: expected "),
     "temperature in words": (
         {"generation": {"temperature": "hot"}},
         "invalid generation setting temperature='hot': expected ",
@@ -308,7 +306,7 @@ BAD: dict[str, tuple[dict, str]] = {
 def test_every_wrong_value_is_one_clear_line(what):
     fields, message = BAD[what]
     with pytest.raises(InputError, match=message) as caught:
-        make_spec(fields)
+        SweepSpec.make(fields)
     assert "\n" not in str(caught.value)
     assert "pydantic" not in str(caught.value)
 
@@ -318,8 +316,8 @@ def test_a_wrong_file_is_one_clear_line(tmp_path):
         (None, "can't be read: No such file"),
         (b"budgets: [0.2\n", "is not YAML"),
         (b"\xff\xfe\x00", "is not YAML"),
-        (b"- divprune\n", "must be a mapping"),
-        (b"", "must be a mapping"),
+        (b"- divprune\n", "expected a mapping of fields"),
+        (b"", "expected a mapping of fields"),
         (b"budgts: [0.2]\n", "unknown field of the spec 'budgts': did you mean 'budgets'"),
         (b"3: 4\n", "spec"),
     ):
@@ -328,22 +326,28 @@ def test_a_wrong_file_is_one_clear_line(tmp_path):
         if content is not None:
             path.write_bytes(content)
         with pytest.raises(InputError, match=message) as caught:
-            load_spec(path)
+            SweepSpec.load(path)
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="can't be read"):
-        load_spec(tmp_path)
+        SweepSpec.load(tmp_path)
 
 
 def test_wrong_flags_are_one_clear_line():
     for flags, message in (
-        (["--methods", "divprune:upstream_exact"], "'upstream_exact' is not KEY=VALUE"),
-        (["--methods", "divprune:"], "is not KEY=VALUE"),
-        (["--generation", "=3"], "generation setting '=3' is not KEY=VALUE"),
+        (
+            ["--methods", "divprune:upstream_exact"],
+            "invalid option of method divprune 'upstream_exact': expected KEY=VALUE",
+        ),
+        (["--methods", "divprune:"], "expected KEY=VALUE"),
+        (["--generation", "=3"], "invalid generation setting '=3': expected KEY=VALUE"),
         (["--limit", "few"], "argument --limit: invalid int value: 'few'"),
         (["--budgets"], "argument --budgets: expected at least one argument"),
         (["--budgets", "-1"], "invalid budget '-1': expected "),
         (["--budget", "0.2"], "unknown argument '--budget': did you mean --budgets"),
-        (["--overwrite", "--replace-stale"], "not allowed with argument"),
+        (["--overwrite"], "--overwrite is now --existing overwrite"),
+        (["--replace-stale"], "--replace-stale is now --existing replace-stale"),
+        (["--only-missing"], "--only-missing is now --existing keep"),
+        (["--existing", "drop"], "invalid choice: 'drop'"),
         (["stray"], "unknown argument 'stray'"),
     ):
         with pytest.raises(InputError, match=message) as caught:
@@ -353,19 +357,19 @@ def test_wrong_flags_are_one_clear_line():
 
 def test_one_method_alone_has_the_same_errors():
     """What `ask` uses."""
-    assert make_method("divprune").label == "divprune"
+    assert MethodSpec.make("divprune").label == "divprune"
     for name in available():
-        assert make_method({"name": name}).options == {}
+        assert MethodSpec.make({"name": name}).options == {}
     with pytest.raises(InputError, match="did you mean 'divprune'"):
-        make_method("divprun")
+        MethodSpec.make("divprun")
 
 
 def test_a_headline_metric_is_chosen_for_a_task_of_the_sweep(capsys) -> None:
-    assert make_spec({"tasks": ["chartqa"], "metric": {"chartqa": "relaxed_overall"}}).metric == {
+    assert SweepSpec.make({"tasks": ["chartqa"], "metric": {"chartqa": "relaxed_overall"}}).metric == {
         "chartqa": "relaxed_overall"
     }
     with pytest.raises(InputError, match="unknown task of this sweep 'chartq': did you mean 'chartqa'"):
-        make_spec({"tasks": ["chartqa"], "metric": {"chartq": "relaxed_overall"}})
+        SweepSpec.make({"tasks": ["chartqa"], "metric": {"chartq": "relaxed_overall"}})
     from visionselector_eval.harness import cli
 
     assert cli.main(["sweep", "--tasks", "tiny_pope", "--device", "cpu", "--metric", "tiny_pope=pope_acuracy"]) == 2

@@ -32,7 +32,7 @@ from visionselector_eval.harness.store.run import Run, load_run
 from visionselector_eval.harness.sweep import worker
 from visionselector_eval.harness.sweep.plan import plan
 from visionselector_eval.harness.sweep.screen import render_plan
-from visionselector_eval.harness.sweep.spec import cells_of, load_spec, make_spec
+from visionselector_eval.harness.sweep.spec import SweepSpec, cells_of
 from visionselector_eval.harness.sweep.worker import Answered, answer_unit
 from visionselector_eval.models.backbones.qwen2_5_vl import Qwen2_5_VL
 from visionselector_eval.models.generation import cut, generation_arguments
@@ -76,7 +76,7 @@ def test_a_run_has_the_promised_files_and_columns(finished):
         "environment.json",
         "cells",
     }
-    assert load_spec(finished / "spec.yaml") == small(finished)
+    assert SweepSpec.load(finished / "spec.yaml") == small(finished)
     environment = json.loads((finished / "environment.json").read_text())
     assert environment["packages"]["torch"]
     assert (environment["device"], environment["dtype"], environment["attn_implementation"]) == (
@@ -154,7 +154,7 @@ def test_the_full_row_is_the_stock_model(finished, tiny, tmp_path):
             given = full[full.task == task].sort_values("doc_id").answer.tolist()
             for start in range(0, len(asked), size):
                 batch = asked[start : start + size]
-                chats = [request.messages().to_hf_messages() for request in batch]
+                chats = [request.messages() for request in batch]
                 pictures = [part["image"] for chat in chats for m in chat for part in m["content"] if "image" in part]
                 texts = [
                     tiny.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -388,7 +388,7 @@ def test_an_amended_spec_runs_only_what_is_new(copy):
 
 def test_overwrite_runs_the_cells_of_this_spec_again_and_no_other(copy):
     old, answering = contents(copy), Answering()
-    _, result = sweep(copy, overwrite=True, answer=answering, tasks=["tiny_pope"])
+    _, result = sweep(copy, existing="overwrite", answer=answering, tasks=["tiny_pope"])
     assert (result.before, len(result.done)) == ([], 3)
     assert Counter(task for _, task, _ in answering.answers) == {"tiny_pope": 12}
     assert contents(copy) == old
@@ -404,14 +404,14 @@ def test_overwrite_runs_the_cells_of_this_spec_again_and_no_other(copy):
     ],
 )
 def test_cells_made_with_other_settings_are_not_mixed(change, named, copy):
-    """The refusal names the settings and changes nothing; --overwrite replaces the cells."""
+    """The refusal names the settings and changes nothing; `overwrite` replaces the cells."""
     old = contents(copy)
     with pytest.raises(InputError, match=named) as caught:
         sweep(copy, **change)
-    assert "--overwrite" in str(caught.value)
+    assert "--existing overwrite" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert contents(copy) == old
-    _, result = sweep(copy, overwrite=True, **{"tasks": ["tiny_pope"], **change})
+    _, result = sweep(copy, existing="overwrite", **{"tasks": ["tiny_pope"], **change})
     assert result.done
     assert not result.failed
 
@@ -421,17 +421,17 @@ def test_stale_cells_are_replaced_where_that_is_asked_for(copy, monkeypatch):
     sweep(copy, tasks=["tiny_docvqa_val"])  # current, and not asked for below
     old = set(records(copy))
     monkeypatch.setattr("visionselector_eval.harness.sweep.plan.version", lambda package: "99")
-    with pytest.raises(InputError, match=r"\(lmms_eval, version\).*--replace-stale"):
+    with pytest.raises(InputError, match=r"\(lmms_eval, version\).*--existing replace-stale"):
         sweep(copy, tasks=["tiny_pope"])
     assert set(records(copy)) == old
-    _, result = sweep(copy, replace_stale=True, tasks=["tiny_pope"])
+    _, result = sweep(copy, existing="replace-stale", tasks=["tiny_pope"])
     found = records(copy)
     assert (result.before, set(result.done), result.failed) == ([], set(found), {})
     assert (len(found), {record["version"] for record in found.values()}) == (3, {"99"})
     assert "left out" not in " ".join(build_leaderboard(*load_run(copy)).notes)
     before = {p: p.stat().st_mtime_ns for p in (copy / "cells").rglob("*")}
     # Nothing is stale now. A method that is not asked for any more stays.
-    _, again = sweep(copy, replace_stale=True, tasks=["tiny_pope"], methods=["divprune"])
+    _, again = sweep(copy, existing="replace-stale", tasks=["tiny_pope"], methods=["divprune"])
     assert (len(again.before), again.done) == (2, [])
     assert {p: p.stat().st_mtime_ns for p in (copy / "cells").rglob("*")} == before
 
@@ -446,7 +446,7 @@ def test_results_whose_data_are_out_of_reach_are_not_stale(tmp_path):
     shutil.rmtree(tmp_path / "root" / "chartqa")
     worker._bound.clear()  # as in another process
     with pytest.raises(InputError, match="made with other settings"):
-        sweep(tmp_path / "run", replace_stale=True, **real)
+        sweep(tmp_path / "run", existing="replace-stale", **real)
     assert contents(tmp_path / "run") == old
 
 
@@ -773,7 +773,7 @@ class Audit(Answering):
 def child(folder: Path, audit: Path, arm=lambda: None) -> int:
     """Start a sweep in a process of its own, which has this one's imports, backbone and tasks; its id."""
     # Whatever tests ran before: what is loaded after a fork meets locks and threads that are not there any more.
-    worker.backbone_of(_unit_of(folder.parent / "planned"))
+    worker.backbone_of(*_unit_of(folder.parent / "planned").checkpoint)
     for task in SMALL["tasks"]:
         worker.bound_task(task, "qwen2_5_vl", KILLED["limit"])
     pid = os.fork()
@@ -826,7 +826,7 @@ def undisturbed(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def _unit_of(folder: Path) -> worker.Unit:
+def _unit_of(folder: Path) -> worker.WorkUnit:
     from visionselector_eval.harness.sweep import run as module
 
     planned = plan(small(folder, **KILLED), None, "cpu")
@@ -929,4 +929,4 @@ def test_the_command_itself_killed_goes_on_where_it_was(tmp_path):
     assert len(rest.answers) == 128 - len(before)
     assert not set(rest.answers) & set(before)
     assert before.items() <= stored(folder).items()
-    assert len(cells_of(make_spec({**SMALL, **fields}))) == len(load_run(folder).cells) == 2
+    assert len(cells_of(SweepSpec.make({**SMALL, **fields}))) == len(load_run(folder).cells) == 2

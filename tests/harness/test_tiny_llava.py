@@ -63,7 +63,7 @@ def test_questions_are_worded_as_sweeps_word_them_for_llava(name: str, tmp_path:
     bound = bind(name, base_model="llava_hf", cache_dir=str(tmp_path), seed=5, documents=4)
     drawn = generate(name, 5, 4)
     for request in requests(bound):
-        (message,) = request.messages().to_hf_messages()
+        (message,) = request.messages()
         texts = [part["text"] for part in message["content"] if part["type"] == "text"]
         assert texts == [upstream_prompt(name, drawn[request.doc_id].row)]
 

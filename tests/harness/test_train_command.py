@@ -13,8 +13,8 @@ from PIL import Image
 from visionselector_eval.baselines import InputError
 from visionselector_eval.harness import cli
 from visionselector_eval.harness.cli.commands import COMMANDS
+from visionselector_eval.harness.cli.train import training_from
 from visionselector_eval.harness.training import data as training_data
-from visionselector_eval.harness.training.run import spec_of
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
 from visionselector_eval.models.training.data import IGNORED, Conversations, Tokeniser
 from visionselector_eval.models.training.records import MediaPaths
@@ -53,7 +53,7 @@ def test_mirrors_ask_what_sweeps_ask_and_never_the_same_documents(tiny, tmp_path
         for request in requests(bound):
             sample = by_id[f"{task}-{request.doc_id:06d}"]
             assert isinstance(sample, dict)
-            asked = build_inputs(tiny.processor, [request.messages().to_hf_messages()], MediaSettings())
+            asked = build_inputs(tiny.processor, [request.messages()], MediaSettings())
             ids = asked["input_ids"][0]
             assert sample["input_ids"][: len(ids)].tolist() == ids.tolist(), task
             for name in ("pixel_values", "pixel_values_videos"):
@@ -232,7 +232,7 @@ def test_train_export_and_ask_with_the_result(mirrors, tmp_path, monkeypatch, ca
     assert saved["learning_rate"] == 3e-4
     assert run("train", "visionselector", "--spec", "tiny.yaml", *QUICK) == 0
     assert "finished after 3 steps" in capsys.readouterr().out
-    assert run("train", "visionselector", "--spec", "tiny.yaml", *QUICK, "--overwrite") == 0
+    assert run("train", "visionselector", "--spec", "tiny.yaml", *QUICK, "--existing", "overwrite") == 0
     capsys.readouterr()
 
     assert run("export", "runs/visionselector", "full") == 0
@@ -311,7 +311,7 @@ def test_flags_and_fields_are_the_same():
             assert f"--{name.replace('_', '-')}" in text, name
         assert kind in text
     given = parser.parse_all(["dynamic-qwen", "--data", "a.jsonl", "b.jsonl", "--gradient-checkpointing", "false"])
-    made = spec_of(given)
+    made = training_from(given)
     assert (made.kind, made.data, made.gradient_checkpointing) == ("dynamic-qwen", ["a.jsonl", "b.jsonl"], False)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from visionselector_eval.harness import cli
 from visionselector_eval.harness.cli.commands import COMMANDS
-from visionselector_eval.harness.training.run import spec_of
+from visionselector_eval.harness.cli.train import training_from
 from visionselector_eval.models import load_backbone
 
 QUICK = ["--batch-size", "2", "--total-batch", "4", "--max-steps", "2", "--device", "cpu", "--report-to", "none"]
@@ -73,13 +73,16 @@ def test_both_stages_and_a_sweep_of_the_result(plain, data, tmp_path, monkeypatc
     [
         (["--budget", "0.2"], "--budget is no setting of `train token-fusion`"),
         (["--accumulation", "2"], "--accumulation is no setting of `train token-fusion`"),
-        (["--layers", "-2", "x"], "field 'layers.1' of the training spec"),
-        (["--stage", "3"], "field 'stage' of the training spec: input should be 1 or 2"),
+        (["--layers", "-2", "x"], "argument --layers: invalid int value: 'x'"),
+        (["--stage", "3"], "invalid stage '3' in the training spec: expected 1 or 2"),
         (["--pretrained", "./gone"], "no checkpoint folder at './gone'"),
         (["--pretrained", "tiny"], "is of family 'qwen2_5_vl'"),
         (["--pretrained", "PLAIN", "--stage", "2"], "give the result folder of stage 1"),
         (["--pretrained", "PLAIN", "--total-batch", "3", "--batch-size", "2"], "give a batch_size that divides it"),
-        (["--pretrained", "PLAIN", "--template", "chatml"], "field 'template'"),
+        (
+            ["--pretrained", "PLAIN", "--template", "chatml"],
+            "invalid template 'chatml' in the training spec: expected 'vicuna'",
+        ),
         (["--pretrained", "PLAIN", "--layers", "5"], "hidden state 5 of the vision tower, which has 0 to 4"),
     ],
 )
@@ -94,5 +97,5 @@ def test_it_refuses_in_one_line(plain, data, tmp_path, monkeypatch, capsys, argu
 
 def test_flags_become_the_spec():
     given = ["token-fusion", "--data", "a.jsonl", *LAYERS, "--stage", "2", "--pad-square", "false"]
-    made = spec_of(COMMANDS["train"].parser().parse_all(given))
+    made = training_from(COMMANDS["train"].parser().parse_all(given))
     assert (made.layers, made.stage, made.pad_square, made.learning_rate) == ([-2, 4, 2], 2, False, 2e-5)

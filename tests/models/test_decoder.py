@@ -18,7 +18,7 @@ from visionselector_eval.baselines.contract.budget import Share
 from visionselector_eval.baselines.contract.decoder import DecoderCompressor, ScoreDecoder
 from visionselector_eval.baselines.contract.registry import resolve_options
 from visionselector_eval.models import load_backbone
-from visionselector_eval.models.answering import Answerer, Request, Setting
+from visionselector_eval.models.answering import Answerer, CompressorAtBudget, Request
 from visionselector_eval.models.dynamic_qwen import DynamicQwen, Predictor, load_predictor
 from visionselector_eval.models.generation import kv_cache
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
@@ -752,7 +752,10 @@ def test_a_chain_that_cannot_be_is_one_clear_line(name, options, says):
 def test_answers_report_what_entered_the_layers(tiny):
     conversations = PROMPTS["batch of three"]()
     requests = [Request(f"{i}", lambda c=c: c, {"max_new_tokens": 3}) for i, c in enumerate(conversations)]
-    settings = [Setting(tiny.bind(build(name)), parse_budget(0.25)) for name in ("fastv", "divprune", "divprune+fastv")]
+    settings = [
+        CompressorAtBudget(tiny.bind(build(name)), parse_budget(0.25))
+        for name in ("fastv", "divprune", "divprune+fastv")
+    ]
     answerer = Answerer(tiny)
     batch = answerer.prepare(requests, settings)
     fastv, divprune, both = (answerer.answer(batch, setting) for setting in settings)

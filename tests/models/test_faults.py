@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from visionselector_eval.baselines import InputError, build, parse_budget
-from visionselector_eval.models.answering import Answerer, Request, Setting
+from visionselector_eval.models.answering import Answerer, CompressorAtBudget, Request
 
-FULL = Setting(build("full"), parse_budget(1.0))
+FULL = CompressorAtBudget(build("full"), parse_budget(1.0))
 SAMPLED = {"temperature": 8.0, "max_new_tokens": 12}  # the embedded model is sure of its answers
 
 
@@ -27,7 +27,7 @@ def request(key: str, text: str = "What is it?", size: tuple[int, int] = (56, 56
 
 
 def texts(answerer: Answerer, requests: list[Request], seed: int = 0, method: str = "full") -> list[str]:
-    setting = Setting(build(method), parse_budget(1.0), seed)
+    setting = CompressorAtBudget(build(method), parse_budget(1.0), seed)
     return [a.text for a in answerer.answer(answerer.prepare(requests, [setting]), setting)]
 
 

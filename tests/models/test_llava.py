@@ -19,7 +19,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from visionselector_eval.baselines import EncoderTrace, InputError, Share, Tokens, VisualTokens, build
 from visionselector_eval.models import load_backbone
-from visionselector_eval.models.answering import Answerer, Request, Setting
+from visionselector_eval.models.answering import Answerer, CompressorAtBudget, Request
 from visionselector_eval.models.backbones.llava import VICUNA_TEMPLATE
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
 
@@ -381,7 +381,8 @@ def test_published_sparsevlm_leaves_the_published_tokens_in_every_layer(deep, ca
     assert len(out.kept[0]) == left[2]
     assert out.layer_tokens == [pytest.approx(sum(visual) / 32)]
     answer = Answerer(deep).answer(
-        Answerer(deep).prepare([REQUEST], [Setting(method, Tokens(called))]), Setting(method, Tokens(called))
+        Answerer(deep).prepare([REQUEST], [CompressorAtBudget(method, Tokens(called))]),
+        CompressorAtBudget(method, Tokens(called)),
     )[0]
     assert (answer.kept_tokens, answer.total_tokens) == (left[2], 576)
     assert answer.layer_tokens == pytest.approx(sum(visual) / 32)
@@ -416,7 +417,7 @@ def test_published_pyramiddrop_on_32_layers_is_the_default_at_its_budget(deep):
 def test_a_budget_that_contradicts_a_schedule_is_refused_before_anything_is_run(deep, llava):
     method = build("sparsevlm", schedule="published")
     inputs = inputs_for(deep, [user(picture(168, 168), "What is it?")])
-    for run in (lambda: Setting(method, Share(0.2)), lambda: deep.prefill(inputs, method, 0.2)):
+    for run in (lambda: CompressorAtBudget(method, Share(0.2)), lambda: deep.prefill(inputs, method, 0.2)):
         with pytest.raises(InputError, match=r"budget 0.2 contradicts schedule=published"):
             run()
     with pytest.raises(InputError, match="is for an LLM of 32 layers"):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from battery import picture
+from chat import media_of
 
 from visionselector_eval.baselines import InputError, available, parse_budget
 from visionselector_eval.models.generation import cut, generation_arguments
@@ -65,7 +66,7 @@ def test_budget_one_is_a_plain_generate_of_the_same_prompt(model_class, tiny):
     asked = binding.requests(binding.bind(IMAGES, limit=3))
     plain = []
     for request in asked:
-        chat = request.messages().to_hf_messages()
+        chat = request.messages()
         pictures = [part["image"].convert("RGB") for message in chat for part in message["content"] if "image" in part]
         text = tiny.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         inputs = tiny.processor(text=[text], images=pictures, return_tensors="pt")
@@ -367,11 +368,8 @@ def test_llava_at_budget_one_is_a_plain_generate_of_llava_hfs_prompt(llava_class
     asked = binding.requests(binding.bind(IMAGES, limit=3, base_model="llava_hf"))
     plain = []
     for request in asked:
-        messages = request.messages()
-        pictures, _, _ = messages.extract_media()
-        text = llava.processor.apply_chat_template(
-            messages.model_dump()["messages"], tokenize=False, add_generation_prompt=True
-        )
+        pictures = media_of(request, "image")
+        text = llava.processor.apply_chat_template(request.messages(), tokenize=False, add_generation_prompt=True)
         inputs = llava.processor(images=[p.convert("RGB") for p in pictures], text=text, return_tensors="pt")
         tokens = llava.model.generate(**inputs, **generation_arguments(request.generation))
         answer = llava.processor.tokenizer.decode(

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback
 
 from visionselector_eval.baselines import Host, InputError, build
+from visionselector_eval.baselines.contract.budget import Share
 from visionselector_eval.models import load_backbone
 from visionselector_eval.models.dynamic_qwen import Predictor
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
@@ -27,8 +28,8 @@ from visionselector_eval.models.training import export
 from visionselector_eval.models.training.data import IGNORED, Collator, Conversations, Tokeniser, Unusable
 from visionselector_eval.models.training.learners import PredictorLearner, SelectorLearner
 from visionselector_eval.models.training.records import MediaPaths, parse_record
-from visionselector_eval.models.training.spec import PredictorSpec, SelectorSpec, make_train_spec
-from visionselector_eval.models.training.trainer import Plan, TrainingStopped, last_checkpoint, train
+from visionselector_eval.models.training.spec import PredictorSpec, SelectorSpec
+from visionselector_eval.models.training.trainer import TrainingPlan, TrainingStopped, last_checkpoint, train
 from visionselector_eval.models.visionselector import Scorer
 
 SETTINGS = MediaSettings()
@@ -52,12 +53,12 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def selector_spec(data: Path, output: Path | None = None, **fields: Any) -> SelectorSpec:
     small = {"max_steps": 6, "batch_size": 2, "accumulation": 1, "learning_rate": 3e-3, "log_steps": 2, "save_steps": 2}
     small |= {"report_to": "none", "device": "cpu", "output": str(output or "unused"), "data": [str(data)]}
-    return make_train_spec(SelectorSpec, {**small, **fields})
+    return SelectorSpec.make({**small, **fields})
 
 
 def predictor_spec(data: Path, output: Path | None = None, **fields: Any) -> PredictorSpec:
     small = selector_spec(data, output).model_dump(include={*PredictorSpec.model_fields} - {"hidden", "upstream_exact"})
-    return make_train_spec(PredictorSpec, {**small, "hidden": 16, "blocks": 1, **fields})
+    return PredictorSpec.make({**small, "hidden": 16, "blocks": 1, **fields})
 
 
 def fresh_tiny() -> Any:
@@ -436,7 +437,7 @@ def test_a_trained_scorer_is_used_and_its_folder_says_how_it_came_to_be(samples,
     assert compressor.fingerprint() != before.fingerprint()
     compressor.bind(Host(id="tiny", width=tiny.width))
     dry = train(selector_spec(samples, tmp_path / "other"), dry_run=True)
-    assert isinstance(dry, Plan)
+    assert isinstance(dry, TrainingPlan)
     assert (dry.samples, dry.steps, dry.parameters, dry.effective) == (6, 6, config["parameters"], 2)
     assert not (tmp_path / "other").exists()
 
@@ -625,12 +626,12 @@ def test_export_of_what_does_not_fit(tmp_path):
 )
 def test_a_bad_spec_is_one_line(fields, reason):
     with pytest.raises(InputError, match=reason) as caught:
-        make_train_spec(SelectorSpec, {"data": ["x.jsonl"], **fields})
+        SelectorSpec.make({"data": ["x.jsonl"], **fields})
     assert "\n" not in str(caught.value)
 
 
 def test_published_settings_are_the_defaults():
-    real = make_train_spec(SelectorSpec, {"data": ["x"], "pretrained": "Qwen/Qwen2.5-VL-7B-Instruct"})
+    real = SelectorSpec.make({"data": ["x"], "pretrained": "Qwen/Qwen2.5-VL-7B-Instruct"})
     assert (real.learning_rate, real.schedule, real.warmup, real.weight_decay, real.clip) == (
         5e-5,
         "cosine",
@@ -638,11 +639,11 @@ def test_published_settings_are_the_defaults():
         0,
         1,
     )
-    assert (real.epochs, real.batch_size, real.accumulation, real.seed, real.budget) == (1, 16, 4, 42, "0.2")
+    assert (real.epochs, real.batch_size, real.accumulation, real.seed, real.budget) == (1, 16, 4, 42, Share(0.2))
     assert (real.lambda_start, real.lambda_end, real.init_std, real.hidden) == (0.1, 2.0, 1e-4, None)
     assert (real.min_pixels, real.max_pixels) == (784, 50_176)
-    assert make_train_spec(SelectorSpec, {"data": ["x"]}).max_pixels is None  # tiny: the checkpoint's own
-    dynamic = make_train_spec(PredictorSpec, {"data": ["x"]})
+    assert SelectorSpec.make({"data": ["x"]}).max_pixels is None  # tiny: the checkpoint's own
+    dynamic = PredictorSpec.make({"data": ["x"]})
     assert (dynamic.learning_rate, dynamic.batch_size, dynamic.keep_weight, dynamic.layer) == (2e-4, 8, 100, 2)
     assert (dynamic.tau_start, dynamic.tau_end, dynamic.hidden, dynamic.blocks) == (1.0, 0.1, 512, 2)
 

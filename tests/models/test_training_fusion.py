@@ -27,9 +27,9 @@ from visionselector_eval.models.inputs import MediaSettings, build_inputs
 from visionselector_eval.models.training import export
 from visionselector_eval.models.training.data import IGNORED, Collator, Tokeniser
 from visionselector_eval.models.training.records import MediaPaths, parse_record
-from visionselector_eval.models.training.spec import TokenFusionSpec, load_train_spec, make_train_spec, spec_yaml
+from visionselector_eval.models.training.spec import TokenFusionSpec
 from visionselector_eval.models.training.token_fusion import TokenFusionLearner
-from visionselector_eval.models.training.trainer import Plan, last_checkpoint, media_of, read_data, train
+from visionselector_eval.models.training.trainer import TrainingPlan, last_checkpoint, media_of, read_data, train
 
 LAYERS = FUSED["token_fusion"]["layers"]
 
@@ -76,7 +76,7 @@ def fusion_spec(data: Path, pretrained: Path, output: Path | None = None, **fiel
         small["layers"] = LAYERS
     else:
         small["learning_rate"] = 1e-3
-    return make_train_spec(TokenFusionSpec, {**small, **fields})
+    return TokenFusionSpec.make({**small, **fields})
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +370,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("plain", {"init": "PLAIN"}, "has no token fusion"),
         ("plain", {"batch_size": 4}, "total_batch 2 can't be made of micro-batches of 4"),
         ("plain", {"dtype": "float16"}, "unknown dtype of token-fusion 'float16'"),
-        ("plain", {"stage": 3}, "field 'stage'"),
+        ("plain", {"stage": 3}, "invalid stage"),
         ("plain", {"template": "checkpoint"}, "the chat template does not show the answer"),
     ],
 )
@@ -417,23 +417,23 @@ def test_a_grid_that_windows_do_not_divide_is_refused(samples, tmp_path):
 
 
 def test_published_settings_are_the_defaults(tmp_path):
-    one, two = (make_train_spec(TokenFusionSpec, {"data": ["x"], "stage": stage}) for stage in (1, 2))
+    one, two = (TokenFusionSpec.make({"data": ["x"], "stage": stage}) for stage in (1, 2))
     for spec, rate, batch in ((one, 1e-3, 256), (two, 2e-5, 128)):
         assert (spec.learning_rate, spec.total_batch, spec.micro_batches(1) * spec.batch_size) == (rate, batch, batch)
         assert spec.micro_batches(8) * 8 * spec.batch_size == batch
         assert (spec.epochs, spec.schedule, spec.warmup, spec.weight_decay) == (1, "cosine", 0.03, 0)
         assert media_of(spec) == MediaSettings(pad_square=True)
-        (tmp_path / "spec.yaml").write_text(spec_yaml(spec))
-        assert load_train_spec(TokenFusionSpec, tmp_path / "spec.yaml") == spec
+        (tmp_path / "spec.yaml").write_text(spec.to_yaml())
+        assert TokenFusionSpec.load(tmp_path / "spec.yaml") == spec
         assert spec.defaults() == spec.model_dump() | {"data": [], "stage": 1}
-    assert make_train_spec(TokenFusionSpec, {"data": ["x"], "stage": 2, "learning_rate": 1e-3}).learning_rate == 1e-3
+    assert TokenFusionSpec.make({"data": ["x"], "stage": 2, "learning_rate": 1e-3}).learning_rate == 1e-3
 
 
 def test_a_plan_counts_what_is_trained(samples, plain, first, tmp_path):
     for stage, source in ((1, plain), (2, first)):
         spec = fusion_spec(samples, source, tmp_path / "out", stage=stage, total_batch=4, max_steps=None, epochs=2)
         made = train(spec, dry_run=True)
-        assert isinstance(made, Plan)
+        assert isinstance(made, TrainingPlan)
         assert (made.samples, made.steps, made.effective) == (6, 4, 4)
         assert made.parameters == sum(p.numel() for p in learner_of(spec).parameters())
     assert not (tmp_path / "out").exists()

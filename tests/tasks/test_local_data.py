@@ -11,6 +11,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from chat import media_of
 from local_data import CLIPS, DOCUMENTS, PICTURE, SERVER, SPLITS, dataset, write_clips, write_mvbench, write_task
 from sweeps import records, sweep
 
@@ -108,12 +109,12 @@ def test_scores_are_upstreams(root: Path) -> None:
     assert scoring.score(bound, answers).score == 1
     plain = binding.requests(bound)[0]
     assert plain.context.endswith("Answer the question with a single word.")
-    assert plain.messages().extract_media()[0][0].size == PICTURE.size
+    assert media_of(plain, "image")[0].size == PICTURE.size
 
 
 def test_several_pictures_of_one_document(root: Path) -> None:
     bound = binding.bind("seedbench", data_root=root)
-    assert len(binding.requests(bound)[0].messages().extract_media()[0]) == 2
+    assert len(media_of(binding.requests(bound)[0], "image")) == 2
 
 
 @pytest.mark.parametrize("layout", ["shards", "clone", "dict", "split", "alone", "folder", "csv"])
@@ -151,7 +152,7 @@ def test_layouts(layout: str, tmp_path: Path) -> None:
     bound = binding.bind("chartqa", data_root=tmp_path)
     documents = binding.requests(bound)
     assert [str(bound.tasks["chartqa"].eval_docs[i]["answer"]) for i in range(4)] == list("0123")
-    assert documents[3].messages().extract_media()[0][0].size == PICTURE.size
+    assert media_of(documents[3], "image")[0].size == PICTURE.size
 
 
 @pytest.mark.parametrize("task", ["mmmu_val", "seedbench"])
@@ -171,7 +172,7 @@ def test_an_image_folder_with_several_pictures(task: str, tmp_path: Path) -> Non
         lines.append(json.dumps(line) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines))
     bound = binding.bind(task, data_root=tmp_path)
-    pictures = binding.requests(bound)[0].messages().extract_media()[0]
+    pictures = media_of(binding.requests(bound)[0], "image")
     assert [p.size for p in pictures] == [(56, 56), (84, 56)]
 
 
@@ -192,7 +193,7 @@ def test_pictures_of_other_writers(kind: str, tmp_path: Path) -> None:
         table = table.drop_columns("image").append_column("image", pa.array(pictures))
     pyarrow.parquet.write_table(table, file)
     bound = binding.bind("chartqa", data_root=tmp_path)
-    assert binding.requests(bound)[0].messages().extract_media()[0][0].size == PICTURE.size
+    assert media_of(binding.requests(bound)[0], "image")[0].size == PICTURE.size
 
 
 def test_a_group_has_data_of_each_member(tmp_path: Path) -> None:
@@ -218,7 +219,7 @@ def test_a_group_has_data_of_each_member(tmp_path: Path) -> None:
             shutil.copytree(tmp_path / "mvbench/videos/clevrer/video_validation", tmp_path / name / "videos")
     bound = binding.bind("mvbench", data_root=tmp_path, limit=1)
     assert list(bound.tasks) == names
-    asked = {request.task: request.messages().extract_media()[1][0] for request in binding.requests(bound)}
+    asked = {request.task: media_of(request, "video")[0] for request in binding.requests(bound)}
     assert "clevrer" in asked["mvbench_moving_count"]
     assert "perception" in asked["mvbench_state_change"]
     shutil.rmtree(tmp_path / "mvbench_scene_transition")
@@ -259,7 +260,7 @@ def test_a_missing_video_is_the_documents(tmp_path: Path) -> None:
     write_task(tmp_path, "videomme")
     (tmp_path / CLIPS["videomme"][1]).unlink()
     asked = binding.requests(binding.bind("videomme", data_root=tmp_path))
-    assert asked[0].messages().extract_media()[1] == [str(tmp_path / CLIPS["videomme"][0])]
+    assert media_of(asked[0], "video") == [str(tmp_path / CLIPS["videomme"][0])]
     with pytest.raises(binding.DocumentError, match=r"document 2 of videomme: .*'clip1' is neither in .*/videos") as e:
         asked[2].messages()
     assert "\n" not in str(e.value)

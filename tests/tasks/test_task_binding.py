@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from chat import media_of
 
 from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.tasks import binding, scoring, suites
@@ -167,8 +168,8 @@ def test_requests_are_upstreams(name: str, bound: dict[str, binding.BoundTask]) 
     assert [(r.task, r.doc_id) for r in asked] == [(name, i) for i in range(LIMIT)]
     for request, document in zip(asked, documents(name, LIMIT), strict=True):
         chat = request.messages()
-        images, videos, audios = chat.extract_media()
-        text = chat.messages[-1].content[-1].text
+        images, videos = media_of(request, "image"), media_of(request, "video")
+        text = chat[-1]["content"][-1]["text"]
         question = document.row["question"].removesuffix(" Please answer yes or no.")
         if MIRRORS[name].media == "images":  # pictures stand where the question names them
             question = re.split(r"<image \d>", question)[-1].strip()
@@ -177,7 +178,7 @@ def test_requests_are_upstreams(name: str, bound: dict[str, binding.BoundTask]) 
             assert text == request.context
         assert text.endswith(PROMPTS[name])
         assert question.lower() in text.lower()
-        assert not audios
+        assert {part["type"] for turn in chat for part in turn["content"]} <= {"text", "image", "video"}
         if MIRRORS[name].media == "clip":
             assert not images
             assert Path(videos[0]).is_file()
@@ -246,7 +247,7 @@ def test_a_missing_video_is_one_documents_fault(cache: Path) -> None:
     name = "tiny_mvbench_moving_direction"
     made = binding.bind(name, cache_dir=cache, documents=2)
     first, second = binding.requests(made)
-    clip = Path(second.messages().extract_media()[1][0])
+    clip = Path(media_of(second, "video")[0])
     moved = clip.rename(clip.with_suffix(".away"))
     try:
         first.messages()

@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import pytest
+from chat import media_of
 from PIL import Image, ImageFile
 
 from visionselector_eval.baselines.contract.errors import InputError
@@ -67,7 +68,7 @@ def test_real_names_on_documents_of_the_real_layout(name: str, tmp_path: Path) -
         with pytest.raises(binding.DocumentError, match=r"does not exist|cannot be read"):
             asked[0].messages()
     else:
-        assert len(asked[0].messages().extract_media()[0]) == len(documents[0].pictures())
+        assert len(media_of(asked[0], "image")) == len(documents[0].pictures())
 
 
 @pytest.mark.parametrize("task", [n for n, e in suites.load_suites().tasks.items() if e.needs_submission])
@@ -138,7 +139,7 @@ def test_mmmu_fallbacks_repeat(tmp_path: Path) -> None:
     guesses = [scoring.score(bound, reply(bound, *["no idea"] * 12)) for _ in range(3)]
     assert guesses[0] == guesses[1] == guesses[2]
     assert guesses[0].mean_of_documents
-    assert binding.requests(bound)[0].messages().extract_media()[0]
+    assert media_of(binding.requests(bound)[0], "image")
 
 
 def test_mvbench_is_the_mean_of_its_subtasks(tmp_path: Path) -> None:
@@ -291,7 +292,7 @@ def test_a_broken_picture_is_one_documents_fault(kind: str, damage: str, tmp_pat
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data.parquet")
     bound = binding.bind("chartqa", override=override)
     fine, broken = binding.requests(bound)
-    assert fine.messages().extract_media()[0][0].size == (64, 64)
+    assert media_of(fine, "image")[0].size == (64, 64)
     with pytest.raises(binding.DocumentError, match="document 1 of chartqa: its media cannot be read") as raised:
         broken.messages()
     assert "\n" not in str(raised.value)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
 from visionselector_eval.baselines.contract.errors import InputError, unknown
-from visionselector_eval.harness.sweep.worker import Event, Unit
+from visionselector_eval.harness.sweep.worker import Event, WorkUnit
 
 __all__ = ["ENGINES", "Engine", "engine"]
 
@@ -25,13 +25,13 @@ class Engine(Protocol):
         """
         ...
 
-    def call(self, function: Callable[[Unit], T], unit: Unit) -> T:
+    def call(self, function: Callable[[WorkUnit], T], unit: WorkUnit) -> T:
         """`function(unit)` where units run; its errors are raised here."""
         ...
 
     def __call__(
-        self, units: Iterable[Unit], answer: Callable[[Unit], Iterator[Event]]
-    ) -> Iterator[tuple[Unit, Event | Exception]]:
+        self, units: Iterable[WorkUnit], answer: Callable[[WorkUnit], Iterator[Event]]
+    ) -> Iterator[tuple[WorkUnit, Event | Exception]]:
         """Pairs of unit and event; an exception ends its unit, the others go on."""
         ...
 

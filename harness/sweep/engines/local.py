@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from visionselector_eval.harness.sweep.worker import Event, Unit
+from visionselector_eval.harness.sweep.worker import Event, WorkUnit
 from visionselector_eval.models.loading import choose_device
 
 T = TypeVar("T")
@@ -18,13 +18,13 @@ class Local:
         """The device in this machine; see `choose_device`."""
         return choose_device(asked)
 
-    def call(self, function: Callable[[Unit], T], unit: Unit) -> T:
+    def call(self, function: Callable[[WorkUnit], T], unit: WorkUnit) -> T:
         """`function(unit)`, here."""
         return function(unit)
 
     def __call__(
-        self, units: Iterable[Unit], answer: Callable[[Unit], Iterator[Event]]
-    ) -> Iterator[tuple[Unit, Event | Exception]]:
+        self, units: Iterable[WorkUnit], answer: Callable[[WorkUnit], Iterator[Event]]
+    ) -> Iterator[tuple[WorkUnit, Event | Exception]]:
         for unit in units:
             try:
                 for event in answer(unit):

@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 from visionselector_eval.baselines.contract.errors import InputError
-from visionselector_eval.harness.sweep.worker import Answered, Event, Unit
+from visionselector_eval.harness.sweep.worker import Answered, Event, WorkUnit
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Ray:
         """`auto` is CUDA where the cluster has GPUs; what was asked for is for the worker to check."""
         return ("cuda" if self._gpus else "cpu") if asked == "auto" else asked
 
-    def call(self, function: Callable[[Unit], T], unit: Unit) -> T:
+    def call(self, function: Callable[[WorkUnit], T], unit: WorkUnit) -> T:
         """`function(unit)` on a worker."""
         try:
             return ray.get(ray.remote(**self._needs)(function).remote(unit))
@@ -57,11 +57,11 @@ class Ray:
             raise _cause(error) from error
 
     def __call__(
-        self, units: Iterable[Unit], answer: Callable[[Unit], Iterator[Event]]
-    ) -> Iterator[tuple[Unit, Event | Exception]]:
+        self, units: Iterable[WorkUnit], answer: Callable[[WorkUnit], Iterator[Event]]
+    ) -> Iterator[tuple[WorkUnit, Event | Exception]]:
         run = ray.remote(**self._needs, num_returns="streaming", max_retries=0)(answer)
         waiting = [(unit, unit, 1) for unit in units]
-        running: dict[Any, tuple[Unit, Unit, int]] = {}
+        running: dict[Any, tuple[WorkUnit, WorkUnit, int]] = {}
         while waiting or running:
             while waiting and len(running) < self.workers:
                 given, rest, attempt = waiting.pop(0)
@@ -91,7 +91,7 @@ class Ray:
             yield given, event
 
 
-def _without(unit: Unit, event: Answered) -> Unit:
+def _without(unit: WorkUnit, event: Answered) -> WorkUnit:
     """`unit` without the documents that `event` answers, for the worker that takes over after a loss."""
     documents = {(a["task"], a["doc_id"]) for a in event.answers}
     cells = tuple(

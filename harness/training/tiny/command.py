@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from visionselector_eval.baselines.contract.errors import InputError
@@ -23,8 +21,9 @@ from visionselector_eval.harness.training.tiny.network import IMAGE_PROCESSOR, N
 from visionselector_eval.harness.training.tiny.spec import STAGES, Stage, TinySpec
 from visionselector_eval.harness.training.tiny.stages import evaluate, train_stage, trained
 from visionselector_eval.models.loading import load_backbone
+from visionselector_eval.models.tiny import TINY, thread_limit
 from visionselector_eval.models.training.export import export_checkpoint
-from visionselector_eval.models.training.spec import PredictorSpec, SelectorSpec, TokenFusionSpec, make_train_spec
+from visionselector_eval.models.training.spec import PredictorSpec, SelectorSpec, TokenFusionSpec, TrainSpec
 from visionselector_eval.models.training.trainer import train
 
 # What the learned parts are trained with: the published settings but for what a backbone of this width needs. A tenth
@@ -52,16 +51,6 @@ class _Told(TrainerCallback):
         self._told(self._stage, state.global_step, state.max_steps)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # two threads are no faster on matrices of this size
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def train_tiny(spec: TinySpec, told: Told | None = None, overwrite: bool = False) -> Path:
     """Run the stages that are not finished yet; the folder of the checkpoint.
 
@@ -76,7 +65,7 @@ def train_tiny(spec: TinySpec, told: Told | None = None, overwrite: bool = False
     _begin(spec, work, overwrite)
     for stage in STAGES:
         if stage in spec.stages:
-            with _one_thread():
+            with thread_limit(TINY):
                 _run(stage, spec, work, told)
     return work / "checkpoint"
 
@@ -91,7 +80,9 @@ def _begin(spec: TinySpec, work: Path, overwrite: bool) -> None:
             raise InputError(f"output '{work}' holds something else: give a new or empty folder")
         work.mkdir(parents=True, exist_ok=True)
         if note.is_file() and note.read_text(encoding="utf-8") != settings:
-            raise InputError(f"'{work}' holds a training with other settings: give another output, or --overwrite")
+            raise InputError(
+                f"'{work}' holds a training with other settings: give another output, or --existing overwrite"
+            )
         note.write_text(settings, encoding="utf-8")
     except OSError as error:
         raise InputError(f"output '{work}' can't be written: {error.strerror or error}") from error
@@ -116,7 +107,7 @@ def _run(stage: Stage, spec: TinySpec, work: Path, told: Told | None) -> None:
                 fusion.write_lessons(work / "data", documents * len(fusion.SHARES))
     elif stage in ("scorer", "predictor"):
         callback = told and _Told(stage, told)
-        train(make_train_spec(*_learned(stage, spec, work)), callbacks=[callback] if callback else [])
+        train(_learned(stage, spec, work), callbacks=[callback] if callback else [])
     elif stage == "evaluate":
         _evaluate(family(trained(work, spec.seed, family)), spec.check, work / "evaluate.json")
     elif stage == "fusion":
@@ -139,7 +130,7 @@ def _fuse(spec: TinySpec, work: Path, told: Told | None) -> None:
     for part in parts:
         callback = told and _Told(part, told)
         settings = fusion.settings(part, work, spec.fusion_steps, spec.seed)
-        train(make_train_spec(TokenFusionSpec, settings), callbacks=[callback] if callback else [])
+        train(TokenFusionSpec.make(settings), callbacks=[callback] if callback else [])
     model = load_backbone(str(work / parts[-1]), device="cpu").model.bfloat16().float()  # as it will be stored
     _evaluate(fusion.FusedNetwork(model), spec.check, work / "evaluate-stf.json")
     assemble_fused(work)
@@ -177,7 +168,7 @@ def assemble_fused(work: Path, note: str = "") -> Path:
     return folder
 
 
-def _learned(stage: str, spec: TinySpec, work: Path) -> tuple[Any, dict[str, Any]]:
+def _learned(stage: str, spec: TinySpec, work: Path) -> TrainSpec:
     bounds = {name: IMAGE_PROCESSOR[name] for name in ("min_pixels", "max_pixels")}  # LLaVA's tower has one size
     common = {
         "pretrained": str(work / "backbone"),
@@ -188,4 +179,4 @@ def _learned(stage: str, spec: TinySpec, work: Path) -> tuple[Any, dict[str, Any
         "seed": 42 + spec.seed,
         **LEARNED,
     }
-    return (SelectorSpec, common) if stage == "scorer" else (PredictorSpec, {**common, "hidden": HIDDEN})
+    return SelectorSpec.make(common) if stage == "scorer" else PredictorSpec.make({**common, "hidden": HIDDEN})

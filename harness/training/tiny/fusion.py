@@ -152,7 +152,7 @@ def begin(work: Path, steps: int, seed: int, advance: Callable[[int], None] | No
 
 
 def settings(stage: str, work: Path, steps: int, seed: int) -> dict[str, Any]:
-    """The spec of one of the last two of `STAGES` in a work folder of `train tiny`, as `make_train_spec` takes it.
+    """The spec of one of the last two of `STAGES` in a work folder of `train tiny`, as plain data.
 
     `steps` are those of the fusion alone; five times as many are made with the LLM.
     """

@@ -5,7 +5,9 @@ from __future__ import annotations
 import typing
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from visionselector_eval.models.settings import Settings
 
 Family = Literal["qwen2_5_vl", "llava"]
 SIZES: dict[Family, dict[str, int]] = {
@@ -23,11 +25,10 @@ def _by_family(name: str, what: str) -> Any:
     return Field(default=None, ge=1, description=f"{what}; {told} unless given")
 
 
-class TinySpec(BaseModel):
+class TinySpec(Settings):
     """Training of an embedded checkpoint."""
 
-    model_config = ConfigDict(extra="forbid")
-
+    subject = "the training spec"
     kind: ClassVar[str] = "tiny"
 
     family: Family = Field(

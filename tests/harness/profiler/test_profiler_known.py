@@ -10,10 +10,9 @@ import torch
 from battery import PROMPTS
 
 from visionselector_eval.baselines import build
-from visionselector_eval.baselines.contract.budget import Share
 from visionselector_eval.baselines.contract.decoder import ScoreDecoder
 from visionselector_eval.harness.microbenchmarks import profiler as known
-from visionselector_eval.harness.profiler.measure import Bound, Profiler
+from visionselector_eval.harness.profiler.measure import BoundCell, Profiler
 from visionselector_eval.harness.profiler.memory import ResidentMemory, SampledMemory, weight_bytes
 from visionselector_eval.harness.profiler.phases import FIRST_TOKEN, PHASES, PhaseRecorder
 from visionselector_eval.harness.profiler.spec import cell_of
@@ -72,7 +71,7 @@ def test_real_delays_are_at_least_what_they_are() -> None:
 
 def test_hooks_are_gone_afterwards(tiny) -> None:
     inputs = build_inputs(tiny.processor, PROMPTS["one image"](), MediaSettings())
-    bound = Bound(cell("fastv"), tiny.bind(build("fastv")), Share(0.25))
+    bound = BoundCell(cell("fastv"), tiny.bind(build("fastv")))
     before = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.model.modules()]
     profiler = Profiler(tiny, 2)
     profiler.timed(bound, inputs, "document")
@@ -86,7 +85,7 @@ def test_hooks_are_gone_afterwards(tiny) -> None:
 def test_the_marks_change_no_answer(tiny) -> None:
     inputs = build_inputs(tiny.processor, PROMPTS["one image"](), MediaSettings())
     for name in ("divprune", "fastv", "downsample"):
-        bound = Bound(cell(name), tiny.bind(build(name)), Share(0.25))
+        bound = BoundCell(cell(name), tiny.bind(build(name)))
         profiler = Profiler(tiny, 3)
         _, plain = profiler.answer(bound, inputs, "document", None)
         recorder = PhaseRecorder(FakeClock())
@@ -118,7 +117,7 @@ def test_a_method_inside_the_llm_interrupts_prefill(tiny) -> None:
     clock = FakeClock()
     inputs = tiny.to_device(build_inputs(tiny.processor, PROMPTS["one image"](), MediaSettings()))
     visual = tiny.visual_totals(inputs)[0]
-    bound = Bound(cell("slow"), SlowInside(clock=clock), Share(0.25))
+    bound = BoundCell(cell("slow"), SlowInside(clock=clock))
     row = Profiler(tiny, 2, clock).timed(bound, inputs, "document")
     assert row["compressor_ms"] == 1000.0
     assert row["prefill_ms"] == 0.0
@@ -143,9 +142,7 @@ def test_the_downsampling_control_pays_for_its_own_smaller_vision_pass(tiny) -> 
     inputs = build_inputs(tiny.processor, PROMPTS["one image"](), MediaSettings())
     recorder = PhaseRecorder(None, [Probe()])
     with recorder.watching(tiny):
-        Profiler(tiny, 2).answer(
-            Bound(cell("downsample"), tiny.bind(build("downsample")), Share(0.25)), inputs, "d", recorder
-        )
+        Profiler(tiny, 2).answer(BoundCell(cell("downsample"), tiny.bind(build("downsample"))), inputs, "d", recorder)
     shown = [phase for phase in seen if phase in ("vision", "compressor")]
     assert shown[:2] == ["compressor", "vision"]
     assert shown.count("vision") == 1
@@ -154,7 +151,7 @@ def test_the_downsampling_control_pays_for_its_own_smaller_vision_pass(tiny) -> 
 # memory ---------------------------------------------------------------------------------------------------------------
 
 
-def warmed_up(work: known.Work) -> tuple[Profiler, Bound]:
+def warmed_up(work: known.Work) -> tuple[Profiler, BoundCell]:
     """A profiler after an answer that nobody measures: a process's first one also brings in the pages of code that it
     runs, 10 to 40 MiB of the libraries. A profile has its own warm-up rounds for that."""
     profiler, bound = known.profiler_of(work, CPU)

@@ -22,7 +22,7 @@ from visionselector_eval.harness.profiler.measure import out_of_memory
 from visionselector_eval.harness.profiler.nvml import Nvml, NvmlSampler
 from visionselector_eval.harness.profiler.rounds import Progress
 from visionselector_eval.harness.profiler.run import run_profile
-from visionselector_eval.harness.profiler.spec import make_profile_spec, profile_cells
+from visionselector_eval.harness.profiler.spec import ProfileSpec, profile_cells
 from visionselector_eval.harness.profiler.store import load_profile
 from visionselector_eval.harness.store.run import load_run
 
@@ -48,7 +48,7 @@ def _quick_ceiling(monkeypatch) -> None:
 
 
 def spec(folder: Path, **fields: Any) -> Any:
-    return make_profile_spec({**SMALL, "output": str(folder), **fields})
+    return ProfileSpec.make({**SMALL, "output": str(folder), **fields})
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -98,7 +98,7 @@ def test_the_files_say_what_ran_where(done) -> None:
         "spec.yaml", "environment.json", "profile.json", "samples.parquet", "table.md", "table.csv", "plots",
     }  # fmt: skip
     assert not (done / "samples.jsonl").exists()
-    assert make_profile_spec(yaml.safe_load((done / "spec.yaml").read_text())) == spec(done)
+    assert ProfileSpec.make(yaml.safe_load((done / "spec.yaml").read_text())) == spec(done)
     about = load_profile(done).about
     assert about["settings"]["threads"] == 1
     assert about["energy"].startswith("none: device is cpu")
@@ -218,7 +218,7 @@ def test_the_command_prints_the_table_and_reports_again(tmp_path, capsys) -> Non
     code, _, err = run(capsys, *FLAGS, "--output", folder, "--max-new-tokens", "3")
     assert code == 2
     assert "made with other settings (new_tokens: 2 then, 3 now)" in err
-    assert run(capsys, *FLAGS, "--output", folder, "--max-new-tokens", "3", "--overwrite")[0] == 0
+    assert run(capsys, *FLAGS, "--output", folder, "--max-new-tokens", "3", "--existing", "overwrite")[0] == 0
 
 
 MISTAKES = {
@@ -231,7 +231,7 @@ MISTAKES = {
     ),
     "positions with the text": (["--synthetic", "32740"], "more than the model's 32768 positions"),
     "picture": (["--synthetic", "251"], "no picture of 251 visual tokens: try 252"),
-    "repeats": (["--repeats", "0"], "--repeats: input should be greater"),
+    "repeats": (["--repeats", "0"], "invalid repeats 0 in the profile: expected a number greater"),
     "budget": (["--budgets", "1.5"], "invalid budget '1.5': expected "),
     "method": (["--methods", "divprun"], "unknown method 'divprun': did you mean 'divprune'"),
     "twice": (["--methods", "divprune", "divprune"], "listed twice"),
@@ -263,7 +263,7 @@ def test_sweep_takes_its_profile_flags_together(capsys) -> None:
     assert cli.main(["sweep", "--profile-repeats", "3"]) == 2
     assert "--profile-repeats goes with --profile" in capsys.readouterr().err
     assert cli.main(["sweep", "--profile", "--profile-warmup", "-1"]) == 2
-    assert "--warmup: input should be greater than or equal to 0" in capsys.readouterr().err
+    assert "invalid warmup -1 in the profile: expected a number greater than or equal to 0" in capsys.readouterr().err
 
 
 @pytest.mark.versions
@@ -297,7 +297,7 @@ def test_documents_of_a_task_are_measured_in_turn(tmp_path) -> None:
 def test_all_methods_are_measured_by_default() -> None:
     from visionselector_eval.baselines import available
 
-    made = make_profile_spec({})
+    made = ProfileSpec.make({})
     assert {m.name for m in made.methods} == set(available()) - {"full"}
     cells = profile_cells(made)
     assert len(cells) == 1 + 3 * len(made.methods) + 3

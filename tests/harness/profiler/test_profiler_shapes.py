@@ -19,7 +19,7 @@ from visionselector_eval.harness.profiler.flops import (
     theoretical_projector,
     theoretical_vision,
 )
-from visionselector_eval.harness.profiler.measure import Bound, Profiler
+from visionselector_eval.harness.profiler.measure import BoundCell, Profiler
 from visionselector_eval.harness.profiler.random_weights import SHAPES, build_random, processor, shape_config
 from visionselector_eval.harness.profiler.spec import cell_of
 from visionselector_eval.harness.profiler.workloads import check_length, grid_of, synthetic
@@ -134,7 +134,7 @@ def test_prompts_longer_than_the_positions_are_refused(shaped) -> None:
 def test_counted_flops_are_those_of_the_shapes(shaped, method, tokens) -> None:
     """The LLM's exactly, layer by layer; a method's own ranking counts for the compressor."""
     inputs = synthetic(shaped.processor, tokens).items[0].make()
-    bound = Bound(cell_of("method", method, method, {}, "0.25"), shaped.bind(build(method)), Share(0.25))
+    bound = BoundCell(cell_of("method", method, method, {}, Share(0.25)), shaped.bind(build(method)))
     profiler = Profiler(shaped, 4)
     row, timed = profiler.flops(bound, inputs, "d"), profiler.timed(bound, inputs, "d")
     text = shaped.model.config.get_text_config()
@@ -157,7 +157,7 @@ def test_counted_flops_of_a_clip_tower_are_those_of_the_shapes(shape, tokens, me
     """Two pictures; the CLS token, the projector or the token fusion in its place are counted."""
     made = build_random(shape)
     inputs = synthetic(made.processor, tokens).items[0].make()
-    bound = Bound(cell_of("method", method, method, {}, "0.25"), made.bind(build(method)), Share(0.25))
+    bound = BoundCell(cell_of("method", method, method, {}, Share(0.25)), made.bind(build(method)))
     row = Profiler(made, 4).flops(bound, inputs, "d")
     config = made.model.config
     assert row["vision_flops"] == row["theory_vision_flops"]
@@ -170,7 +170,7 @@ def test_the_cache_is_read_not_computed(shaped) -> None:
     inputs = synthetic(shaped.processor, 64).items[0].make()
     text = shaped.model.config.get_text_config()
     for method in ("full", "fastv"):
-        bound = Bound(cell_of("method", method, method, {}, "0.25"), shaped.bind(build(method)), Share(0.25))
+        bound = BoundCell(cell_of("method", method, method, {}, Share(0.25)), shaped.bind(build(method)))
         profiler = Profiler(shaped, 3)
         memory, timed = profiler.memory(bound, inputs, "d"), profiler.timed(bound, inputs, "d")
         assert memory["cache_lengths"] == timed["layer_lengths"]
