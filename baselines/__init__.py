@@ -13,7 +13,6 @@ if TYPE_CHECKING:
         ScoreCompressor,
         Selection,
         VisualTokens,
-        as_compressor,
     )
     from visionselector_eval.baselines.contract.budget import Budget, Share, Tokens, parse_budget
     from visionselector_eval.baselines.contract.decoder import DecoderCompressor, DecoderView, ScoreDecoder
@@ -43,7 +42,6 @@ __all__ = [
     "Share",
     "Tokens",
     "VisualTokens",
-    "as_compressor",
     "available",
     "build",
     "parse_budget",

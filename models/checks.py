@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from visionselector_eval.baselines.contract.base import Compressor, VisualTokens, as_compressor
+from visionselector_eval.baselines.contract.base import Compressor, VisualTokens, checked_compressor
 from visionselector_eval.baselines.contract.budget import Tokens, parse_budget
 from visionselector_eval.baselines.contract.decoder import DecoderCompressor
 from visionselector_eval.baselines.contract.errors import InputError
@@ -227,7 +227,7 @@ def check(method: Any, backbone: Backbone | None = None) -> list[Problem]:
         InputError: what is no method, or one that has no weights on this backbone.
     """
     backbone = backbone or load_backbone(TINY)
-    made = as_compressor(method)
+    made = checked_compressor(method)
     backbone.bind(made)  # a method without its weights is the caller's mistake, not a broken promise
     subject, problems = _Subject(made, backbone), []
     for promise, test in PROPERTIES.items():

@@ -229,15 +229,8 @@ def _load_mirror(
     n = store.DOCUMENTS if documents is None else documents
     stored = store.ensure(name, seed=seed, n=n, cache_dir=cache_dir)
     manager = lmms.task_manager(base_model, store.write_bindings([name], seed=seed, n=n, cache_dir=cache_dir))
-    import datasets
-
-    # A packaged loader reports its use to a server; without a network that costs up to 3 s a task.
-    counting = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    try:
+    with layout.no_use_reports():
         return manager, _load_tasks(manager, name), stored.content_hash
-    finally:
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counting
 
 
 def _load_local(manager: Any, name: str, data_root: str | Path) -> tuple[dict[str, Any], str]:

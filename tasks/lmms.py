@@ -98,11 +98,6 @@ def task_manager(base_model: str, folder: Path | None = None) -> Any:
     return manager
 
 
-def upstream_names() -> list[str]:
-    """All task, group and tag names of the installed lmms-eval."""
-    return list(_index().all_tasks)
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[io.StringIO]:
     """Keep progress bars and `print` of upstream code off both standard streams; yields what was said.

@@ -286,48 +286,15 @@ def weights_digest(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Adapted(Compressor):
-    """A third party's object that has `name`, `compress` and perhaps `stage` and `needs`, but another base class."""
-
-    wrapped: Any
-
-    def __post_init__(self) -> None:
-        for attribute, default in (("name", None), ("stage", "projector"), ("needs", frozenset())):
-            object.__setattr__(self, attribute, getattr(self.wrapped, attribute, default))
-
-    @property
-    def summary(self) -> str:
-        return (type(self.wrapped).__doc__ or "").strip().split("\n")[0]
-
-    def count(self, n: int, budget: Budget) -> int:
-        own = getattr(self.wrapped, "count", None)
-        return own(n, budget) if callable(own) else super().count(n, budget)
-
-    def compress(self, tokens: VisualTokens, count: int) -> Selection:
-        return self.wrapped.compress(tokens, count)
-
-    def bind(self, host: Host) -> Compressor:
-        own = getattr(self.wrapped, "bind", None)
-        return as_compressor(own(host)) if callable(own) else self
-
-    def fingerprint(self) -> str:
-        own = getattr(self.wrapped, "fingerprint", None)
-        return str(own()) if callable(own) else ""
-
-
-def as_compressor(value: Any) -> Compressor:
-    """`value` itself if it is a `Compressor`, else an adapter around an object with `name` and `compress`.
+def checked_compressor(value: Any) -> Compressor:
+    """`value`, if it is a `Compressor`.
 
     Raises:
-        InputError: where `value` is neither.
+        InputError: where it is anything else, such as a class or an object that only looks like one.
     """
     if isinstance(value, Compressor):
         return value
-    looks_right = callable(getattr(value, "compress", None)) and isinstance(getattr(value, "name", None), str)
-    if looks_right and not isinstance(value, type):  # a class: its compress would lack the instance
-        return _Adapted(wrapped=value)
     raise InputError(
-        f"{value!r} is not a compressor: give what build('NAME') returns, or an object with a `name` and a "
-        "`compress(tokens, count)` method"
+        f"{value!r} is not a compressor: expected what build('NAME') returns, or an instance of a subclass of "
+        "ScoreCompressor or Compressor (visionselector_eval.baselines)"
     )

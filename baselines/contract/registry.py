@@ -185,7 +185,9 @@ def build(name: str, **options: Any) -> Compressor:
         InputError: unknown method or option (the message names the near match), or an option's value that cannot be
             used.
     """
-    from visionselector_eval.baselines.contract.base import as_compressor  # brings torch, which names alone do not need
+    from visionselector_eval.baselines.contract.base import (
+        checked_compressor,  # brings torch, which names alone do not need
+    )
 
     resolved = resolve_options(name, options)
     if parts := chained(name):
@@ -194,4 +196,4 @@ def build(name: str, **options: Any) -> Compressor:
             own = {key: resolved.get(f"{part}.{key}", resolved.get(key)) for key in options_of(part)}
             made.append(build(part, **own))
         return _chain().chain(*made, resolved["split"])
-    return as_compressor(compressor_class(name)(**resolved))
+    return checked_compressor(compressor_class(name)(**resolved))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
-from visionselector_eval.baselines.contract.base import Compressor, EncoderTrace, Host, as_compressor
+from visionselector_eval.baselines.contract.base import Compressor, EncoderTrace, Host, checked_compressor
 from visionselector_eval.baselines.contract.budget import Budget, Share, parse_budget
 from visionselector_eval.baselines.contract.decoder import DecoderCompressor
 from visionselector_eval.baselines.contract.errors import InputError
@@ -257,7 +257,7 @@ class Backbone(ABC):
 
     def bind(self, compressor: Any) -> Compressor:
         """`compressor` made ready for this backbone; weights are looked up once."""
-        compressor = as_compressor(compressor)
+        compressor = checked_compressor(compressor)
         if compressor.stage == "decoder" and not isinstance(compressor, DecoderCompressor):
             raise InputError(
                 f"method '{compressor.name}' has stage 'decoder': it must be a DecoderCompressor "
@@ -267,7 +267,7 @@ class Backbone(ABC):
             if compressor not in self._bound:
                 self._bound[compressor] = compressor.bind(self.host)
             return self._bound[compressor]
-        except TypeError:  # an unhashable third-party object: bind it each time
+        except TypeError:  # an option that can't be hashed, such as a list: bind it each time
             return compressor.bind(self.host)
 
     @torch.no_grad()

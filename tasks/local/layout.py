@@ -317,13 +317,6 @@ def _kind(feature: Any) -> str:
     return str(getattr(feature, "dtype", None) or type(feature).__name__)
 
 
-def override_for(root: str | Path, task: str) -> dict[str, Any]:
-    """Keys of the task file of a single task that point it at its data below `root`; see `binding.bind`."""
-    if len(several := members(task)) > 1:
-        raise InputError(f"'{task}' is a group: each of its {len(several)} tasks has data of its own")
-    return locate(root, task)[0].override()
-
-
 def _places(root: str | Path, of: Upstream) -> list[str]:
     folder = Path(root) / of.task
     return [

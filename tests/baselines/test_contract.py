@@ -18,13 +18,13 @@ from visionselector_eval.baselines import (
     Share,
     Tokens,
     VisualTokens,
-    as_compressor,
     available,
     build,
     parse_budget,
     top_k,
 )
 from visionselector_eval.baselines.contract import registry
+from visionselector_eval.baselines.contract.base import checked_compressor
 
 TOKENS = VisualTokens(features=torch.eye(8), grid=(1, 2, 4), key="a")
 
@@ -179,13 +179,23 @@ def test_visionzip_says_what_its_trace_lacks():
     one_line(error)
 
 
-class Shortest:
+@dataclass(frozen=True, kw_only=True)
+class Shortest(Compressor):
     """Keeps the tokens with the smallest norm."""
 
     name = "shortest"
 
     def compress(self, tokens: VisualTokens, count: int) -> Selection:
         return Selection(kept=top_k(-tokens.features.norm(dim=-1), count))
+
+
+class Lookalike:
+    """Has a compressor's methods and not its base class."""
+
+    name = "lookalike"
+
+    def compress(self, tokens: VisualTokens, count: int) -> Selection:
+        return Selection(kept=torch.arange(count))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,20 +209,20 @@ class Tallest(ScoreCompressor):
         return tokens.features.amax(dim=-1) ** self.power
 
 
-def test_duck_typed_object_becomes_a_compressor():
-    adapted = as_compressor(Shortest())
-    assert isinstance(adapted, Compressor)
-    assert (adapted.name, adapted.stage, adapted.needs) == ("shortest", "projector", frozenset())
-    assert adapted.summary == "Keeps the tokens with the smallest norm."
-    assert adapted.count(10, Share(0.5)) == 5
-    assert adapted.compress(TOKENS, 3).kept.tolist() == [0, 1, 2]
-    assert as_compressor(adapted) is adapted
+def test_a_subclass_has_the_defaults_of_the_contract():
+    shortest = Shortest()
+    assert (shortest.name, shortest.stage, shortest.needs) == ("shortest", "projector", frozenset())
+    assert shortest.summary == "Keeps the tokens with the smallest norm."
+    assert shortest.count(10, Share(0.5)) == 5
+    assert checked_compressor(shortest) is shortest
 
 
-@pytest.mark.parametrize("value", ["divprune", None, 3, object(), Shortest, Tallest])
+@pytest.mark.parametrize("value", ["divprune", None, 3, object(), Shortest, Tallest, Lookalike()])
 def test_what_is_no_compressor_is_refused(value):
-    with pytest.raises(InputError, match=r"build\('NAME'\)") as error:
-        as_compressor(value)
+    with pytest.raises(
+        InputError, match=r"expected what build\('NAME'\) returns, or an instance of a subclass"
+    ) as error:
+        checked_compressor(value)
     one_line(error)
 
 
@@ -220,7 +230,8 @@ def test_what_is_no_compressor_is_refused(value):
 def plugin(tmp_path, monkeypatch):
     """An installed third-party package, as importlib.metadata finds it: a module and its dist-info."""
     module = ModuleType("third_party_compressors")
-    module.Shortest, module.Tallest = Shortest, Tallest  # type: ignore[attr-defined]
+    for kind in (Shortest, Tallest, Lookalike):
+        setattr(module, kind.__name__, kind)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     info = tmp_path / "third_party-1.0.dist-info"
     info.mkdir()
@@ -229,6 +240,7 @@ def plugin(tmp_path, monkeypatch):
         f"[{registry.ENTRY_POINT_GROUP}]\n"
         "shortest = third_party_compressors:Shortest\n"
         "tallest = third_party_compressors:Tallest\n"
+        "lookalike = third_party_compressors:Lookalike\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -243,6 +255,9 @@ def test_third_party_package_appears_without_an_edit_here():
         build("tallest", powr=2.0)
     with pytest.raises(InputError, match="did you mean 'shortest'"):
         build("shortes")
+    with pytest.raises(InputError, match=r"Lookalike object .* is not a compressor") as error:
+        build("lookalike")
+    one_line(error)
 
 
 def test_third_party_entry_that_is_broken_or_takes_a_builtin_name(monkeypatch):
