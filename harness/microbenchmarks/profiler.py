@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from visionselector_eval.baselines.contract.base import Compressor, ScoreCompressor, VisualTokens
 from visionselector_eval.baselines.contract.budget import Budget, Share
 from visionselector_eval.harness.profiler.measure import BoundCell, Profiler
+from visionselector_eval.harness.profiler.metrics import Memory, Time, peak
 from visionselector_eval.harness.profiler.phases import PHASES, Clock
-from visionselector_eval.harness.profiler.report import peak
 from visionselector_eval.harness.profiler.spec import cell_of
 from visionselector_eval.models.backbones.base import ALL_TRACES, Backbone
 from visionselector_eval.models.decoder_view import LayerAccess
@@ -196,8 +196,7 @@ def measured_milliseconds(repeats: int, device: torch.device) -> dict[str, float
     assert isinstance(backbone, KnownBackbone)
     rows = []
     for _ in range(repeats):
-        inputs, preprocess = profiler.preprocess(backbone.inputs)
-        rows.append({"preprocess_ms": 1000 * preprocess, **profiler.timed(bound, inputs, "known")})
+        rows.append(Time().measure(profiler, bound, profiler.preprocess(backbone.inputs, "known")))
     return {phase: statistics.median(row[f"{phase}_ms"] for row in rows) for phase in PHASES}
 
 
@@ -206,9 +205,9 @@ def measured_mib(device: torch.device) -> dict[str, float]:
     profiler, bound = profiler_of(Allocate(device), device)
     backbone = profiler.backbone
     assert isinstance(backbone, KnownBackbone)
-    inputs, _ = profiler.preprocess(backbone.inputs)
-    profiler.memory(bound, inputs, "known")  # the first answer brings code pages in
-    rows = pd.DataFrame([profiler.memory(bound, inputs, "known") for _ in range(3)]).assign(item="known")
+    prompt = profiler.preprocess(backbone.inputs, "known")
+    Memory().measure(profiler, bound, prompt)  # the first answer brings code pages in
+    rows = pd.DataFrame([Memory().measure(profiler, bound, prompt) for _ in range(3)]).assign(item="known")
     measure = "allocated" if device.type == "cuda" else "rss"
     return {phase: peak(rows, measure, (phase,)) / 2**20 for phase in MIB}
 

@@ -10,76 +10,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
 from visionselector_eval.baselines.contract.errors import InputError
-from visionselector_eval.harness.profiler.phases import PHASES
+from visionselector_eval.harness.profiler.metrics import METRICS, CellRows, number_text, speedup_text
+from visionselector_eval.harness.profiler.ratios import MIN_ROUNDS, Ratio, paired_ratio
 from visionselector_eval.harness.profiler.spec import FULL, LIMIT
 from visionselector_eval.harness.profiler.store import Profile, load_profile
 from visionselector_eval.harness.store.files import write_atomic
 
 log = logging.getLogger(__name__)
-
-QUANTILES = (0.1, 0.5, 0.9, 0.99)
-_RESAMPLES, _SEED = 2000, 0
-_LEAST_ROUNDS = 6  # with fewer, no 95 % interval of a median exists
-_MIB = 2**20
-# The LLM's own, where a vision encoder that no method touches does not hide what is saved.
-_LLM_PHASES = ("prefill", "setup", "decode")
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How many times faster (smaller) than `full`, with the interval that a repetition falls into 19 times of 20.
-
-    `low` and `high` are nan for fewer than six rounds.
-    """
-
-    estimate: float
-    low: float
-    high: float
-    rounds: int
-
-    def __str__(self) -> str:
-        if math.isnan(self.estimate):
-            return "-"
-        interval = "" if math.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]"
-        return f"{self.estimate:.2f}x{interval}"
-
-
-def paired_ratio(full: pd.Series, own: pd.Series) -> Ratio:
-    """Median over rounds of full / own, each round its own pair, with a bootstrap interval.
-
-    The percentile interval (2000 resamples of the rounds) is where the true ratio lies; a second run has an error of
-    its own, so it is widened by the square root of 2: it says where the same measurement lands when it is repeated.
-
-    Args:
-        full, own: values by round; rounds that only one of them has are left out.
-    """
-    both = pd.concat([full, own], axis=1, join="inner").dropna()
-    values = (both.iloc[:, 0] / both.iloc[:, 1]).to_numpy(dtype=np.float64)
-    values = values[np.isfinite(values)]
-    n = len(values)
-    if n == 0:
-        return Ratio(math.nan, math.nan, math.nan, 0)
-    estimate = float(np.median(values))
-    if n < _LEAST_ROUNDS:
-        return Ratio(estimate, math.nan, math.nan, n)
-    drawn = np.random.default_rng(_SEED).integers(0, n, (_RESAMPLES, n))
-    low, high = np.percentile(np.median(values[drawn], axis=1), [2.5, 97.5])
-    return Ratio(estimate, estimate - math.sqrt(2) * (estimate - low), estimate + math.sqrt(2) * (high - estimate), n)
-
-
-def _by_round(rows: pd.DataFrame, column: str) -> pd.Series:
-    if column not in rows:
-        return pd.Series(dtype="float64")
-    return rows.drop_duplicates("round", keep="last").set_index("round")[column].astype("float64")
-
-
-def _median(rows: pd.DataFrame, column: str) -> float:
-    return float(rows[column].median()) if column in rows and rows[column].notna().any() else math.nan
 
 
 def overhead(rows: pd.DataFrame) -> Ratio:
@@ -91,11 +32,6 @@ def overhead(rows: pd.DataFrame) -> Ratio:
     if not len(pair):
         return Ratio(math.nan, math.nan, math.nan, 0)
     return paired_ratio(pair["latency_ms"].reset_index(drop=True), pair["latency_ms_plain"].reset_index(drop=True))
-
-
-def _measure(rows: pd.DataFrame) -> str:
-    """The memory measure of a profile: device memory where there is one."""
-    return "allocated" if "allocated_bytes" in rows and rows["allocated_bytes"].notna().any() else "rss"
 
 
 def summary(profile: Profile) -> pd.DataFrame:
@@ -121,121 +57,21 @@ def summary(profile: Profile) -> pd.DataFrame:
 
 def _cell(workload: str, cell: Any, rows: pd.DataFrame, full: pd.DataFrame, profile: Profile) -> dict[str, Any]:
     own = rows[rows["cell"] == cell["cell"]]
-    time, full_time = own[own["kind"] == "time"], full[full["kind"] == "time"]
-    memory, full_memory = own[own["kind"] == "memory"], full[full["kind"] == "memory"]
-    flops, energy = own[own["kind"] == "flops"], own[own["kind"] == "energy"]
+    time = own[own["kind"] == "time"]
     line: dict[str, Any] = {"workload": workload, **{k: cell[k] for k in ("cell", "role", "method", "label")}}
     line |= {"options": cell["options"], "budget": cell["budget"], "rounds": len(time)}
     broken = own[own["kind"] == "failed"]
     # A failure of an earlier call does not count once a later one has measured the cell.
     failed = len(broken) and (time.empty or broken["at"].max() > own[own["kind"] != "failed"]["at"].max())
     line["error"] = str(broken["error"].iloc[-1]) if failed else ""
-
-    for phase in PHASES:
-        line[f"{phase}_ms"] = _median(time, f"{phase}_ms")
-    if cell["role"] == LIMIT and len(time):
-        time = _for_nothing(time)
-        line["compressor_ms"] = 0.0
-    for name in ("ttft", "latency", "decode_token", "preprocess"):
-        for q in QUANTILES:
-            column = f"{name}_ms"
-            empty = column not in time or not time[column].notna().any()
-            line[f"{name}_p{100 * q:.0f}"] = math.nan if empty else float(time[column].quantile(q))
-    for prefix, column in (("", "ttft_ms"), ("latency_", "latency_ms")):
-        ratio = paired_ratio(_by_round(full_time, column), _by_round(time, column))
-        line |= {f"{prefix}speedup": ratio.estimate, f"{prefix}speedup_low": ratio.low}
-        line |= {f"{prefix}speedup_high": ratio.high}
-    limit = rows[(rows["role"] == LIMIT) & (rows["budget"] == cell["budget"]) & (rows["kind"] == "time")]
-    ideal = paired_ratio(_by_round(_for_nothing(limit), "ttft_ms"), _by_round(time, "ttft_ms"))
-    line["of_ideal"] = ideal.estimate if cell["role"] == "method" else math.nan
-    line["compressor_share"] = line["compressor_ms"] / _median(full_time, "prefill_ms")
-
-    for name in ("visual_before", "visual_after", "visual_layers", "text_tokens", "new_tokens"):
-        line[name] = float(time[name].mean()) if name in time and len(time) else math.nan
-    measure = _measure(profile.rows)
-    line["kv_mib"] = _median(memory, "kv_bytes") / _MIB
-    line["reserved_mib"] = _median(memory, "reserved_bytes") / _MIB
-    line["whole_gib"] = float(memory["whole_bytes"].mean()) / 2**30 if "whole_bytes" in memory else math.nan
-    for prefix, phases in (("memory", PHASES), ("llm", _LLM_PHASES)):
-        whole = peak(full_memory, measure, phases)
-        line[f"{prefix}_mib"] = peak(memory, measure, phases) / _MIB
-        line[f"{prefix}_saved"] = 1 - peak(memory, measure, phases) / whole if whole else math.nan
-    line["joules"], line["watts"] = _median(energy, "joules"), _median(energy, "watts")
-    line["energy_saved"] = 1 - line["joules"] / _median(full[full["kind"] == "energy"], "joules")
-    for phase in ("vision", "compressor", "prefill", "decode"):
-        line[f"{phase}_gflop"] = _median(flops, f"{phase}_flops") / 1e9
-    for phase in ("vision", "prefill", "decode"):
-        line[f"theory_{phase}_gflop"] = _median(flops, f"theory_{phase}_flops") / 1e9
-        seconds = line[f"{phase}_ms"] / 1000
-        rate = 1e9 * line[f"{phase}_gflop"] / seconds if seconds else math.nan
-        line[f"{phase}_of_ceiling"] = rate / profile.about["ceiling_flops"]
-    kernels = flops["attention_kernels"].iloc[-1] if "attention_kernels" in flops and len(flops) else []
-    line["attention_kernels"] = " ".join(str(k).rpartition(".")[2] for k in kernels)
-    published = own[own["kind"] == "published"]
-    line["published_prefill_ms"] = (
-        float(published["published_prefill_ms"].mean()) if "published_prefill_ms" in published else math.nan
-    )
-    line["published_latency_ms"] = float(time["latency_ms"].mean()) if len(time) else math.nan
-    line["layer_lengths"] = _runs(list(time["layer_lengths"].iloc[-1])) if len(time) else ""
+    limit = rows[(rows["role"] == LIMIT) & (rows["budget"] == cell["budget"])]
+    of_cell = CellRows(cell, own, full, limit, profile)
+    for metric in METRICS:
+        line |= metric().summarise(of_cell, line)
     return line
 
 
-def peak(memory: pd.DataFrame, measure: str, phases: Sequence[str]) -> float:
-    """Bytes: the largest peak among `phases`, each the smallest of its rounds; median over the items of a workload.
-
-    Args:
-        memory: one row a round, with `item` and `<measure>_<phase>_bytes`.
-        measure: allocated, reserved or rss.
-
-    Returns:
-        nan without rows, or without any of the columns.
-
-        What an allocator holds beside an answer's own tensors (scratch memory that a library kept, pages of another
-        phase) comes and goes between rounds of the same answer, and twice the peak is nothing rare on a CPU. Peaks that
-        are sampled can be missed as well, so there it is the median.
-    """
-    columns = [c for p in phases if (c := f"{measure}_{p}_bytes") in memory]
-    if not columns or memory.empty:
-        return math.nan
-    sampled = memory["memory_method"].astype(str).str.contains("sampled").any() if "memory_method" in memory else False
-    by_item = memory.groupby("item")[columns].agg("median" if sampled else "min")
-    return float(by_item.max(axis=1).median())
-
-
-def _for_nothing(time: pd.DataFrame) -> pd.DataFrame:
-    """Timed rows of a limit, without its compressor: the whole vision pass, and the LLM over the shorter prompt."""
-    if not len(time):
-        return time
-    spent = time["compressor_ms"]
-    return time.assign(ttft_ms=time["ttft_ms"] - spent, latency_ms=time["latency_ms"] - spent, compressor_ms=0.0)
-
-
-def _runs(lengths: Sequence[int]) -> str:
-    """Tokens entering each layer, equal neighbours together: `311 x2, 107 x26`."""
-    runs: list[list[int]] = []
-    for length in lengths:
-        if runs and runs[-1][0] == int(length):
-            runs[-1][1] += 1
-        else:
-            runs.append([int(length), 1])
-    return ", ".join(f"{length} x{count}" for length, count in runs)
-
-
 # Tables ---------------------------------------------------------------------------------------------------------------
-
-
-def _number(value: Any, form: str = ".1f") -> str:
-    return "-" if value is None or (isinstance(value, float) and math.isnan(value)) else format(value, form)
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.0f}%"
-
-
-def _speedup(line: Mapping[str, Any], prefix: str = "") -> str:
-    return str(
-        Ratio(line[f"{prefix}speedup"], line[f"{prefix}speedup_low"], line[f"{prefix}speedup_high"], line["rounds"])
-    )
 
 
 def _remark(line: Mapping[str, Any], full: Mapping[str, Any] | None) -> str:
@@ -254,33 +90,15 @@ def main_table(lines: pd.DataFrame) -> list[dict[str, str]]:
     """The table of one workload, cells as text."""
     records = [{str(k): v for k, v in r.items()} for r in lines.to_dict("records")]
     full = next((r for r in records if r["role"] == FULL), None)
-    table = []
-    for r in records:
-        table.append(
-            {
-                "method": r["label"],
-                "budget": "-" if r["role"] == FULL else r["budget"],
-                "tokens kept": _number(r["visual_after"]),
-                "layer avg": _number(r["visual_layers"]),
-                "first token ms (p10, p90)": f"{_number(r['ttft_p50'])} ({_number(r['ttft_p10'])}, "
-                f"{_number(r['ttft_p90'])})",
-                "speed-up": "1" if r["role"] == FULL else _speedup(r),
-                "of ideal": _percent(r["of_ideal"]),
-                "vision": _number(r["vision_ms"]),
-                "compressor": _number(r["compressor_ms"], ".2f"),
-                "prefill": _number(r["prefill_ms"]),
-                "decode/token": _number(r["decode_token_p50"]),
-                "latency": _number(r["latency_p50"]),
-                "KV MiB": _number(r["kv_mib"]),
-                "peak MiB": _number(r["memory_mib"]),
-                "LLM's": _number(r["llm_mib"]),
-                "saved": "-" if r["role"] == FULL else _percent(r["memory_saved"]),
-                "LLM's saved": "-" if r["role"] == FULL else _percent(r["llm_saved"]),
-                "J": _number(r["joules"]),
-                "remark": _remark(r, full),
-            }
-        )
-    return table
+    return [
+        {
+            "method": r["label"],
+            "budget": "-" if r["role"] == FULL else r["budget"],
+            **{column.head: column.text(r) for metric in METRICS for column in metric.columns},
+            "remark": _remark(r, full),
+        }
+        for r in records
+    ]
 
 
 def reference_table(lines: pd.DataFrame) -> list[dict[str, str]]:
@@ -289,11 +107,11 @@ def reference_table(lines: pd.DataFrame) -> list[dict[str, str]]:
         {
             "method": r["label"],
             "budget": "-" if r["role"] == FULL else r["budget"],
-            "Max memory (GB)": _number(r["whole_gib"], ".2f"),
-            "Prefill (ms)": _number(r["published_prefill_ms"]),
-            "Latency (ms)": _number(r["published_latency_ms"]),
-            "Visual tokens": _number(r["visual_before"], ".0f"),
-            "kept (measured)": _number(r["visual_after"], ".1f"),
+            "Max memory (GB)": number_text(r["whole_gib"], ".2f"),
+            "Prefill (ms)": number_text(r["published_prefill_ms"]),
+            "Latency (ms)": number_text(r["published_latency_ms"]),
+            "Visual tokens": number_text(r["visual_before"], ".0f"),
+            "kept (measured)": number_text(r["visual_after"], ".1f"),
         }
         for r in ({str(k): v for k, v in r.items()} for r in lines[lines["role"] != LIMIT].to_dict("records"))
     ]
@@ -316,9 +134,9 @@ def scaling_table(lines: pd.DataFrame) -> list[dict[str, str]]:
             elif of_size.iloc[0]["error"]:
                 row[f"N={n}"] = str(of_size.iloc[0]["error"])
             elif first["role"] == FULL:
-                row[f"N={n}"] = f"{_number(of_size.iloc[0]['ttft_p50'])} ms"
+                row[f"N={n}"] = f"{number_text(of_size.iloc[0]['ttft_p50'])} ms"
             else:
-                row[f"N={n}"] = _speedup({str(k): v for k, v in of_size.iloc[0].items()})
+                row[f"N={n}"] = speedup_text({str(k): v for k, v in of_size.iloc[0].items()})
         table.append(row)
     return table
 
@@ -461,7 +279,7 @@ def compare(a: str | Path, b: str | Path) -> Agreement:
     if both.empty:
         raise InputError(
             f"'{a}' and '{b}' have no measured cell in common that has an interval: measure the same cells, "
-            f"with at least {_LEAST_ROUNDS} repeats"
+            f"with at least {MIN_ROUNDS} repeats"
         )
     both["inside"] = (both["ratio_b"] >= both["low"]) & (both["ratio_b"] <= both["high"])
     different = sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k))

@@ -1,4 +1,9 @@
-"""The rounds of a profile: cells take turns, so that a drift of the machine meets them all alike."""
+"""The rounds of a profile.
+
+A round runs every cell once on one prompt, in an order of its own, so that drift of clocks and temperatures meets all
+cells alike and each can be compared with `full` in the same round. Time, memory, FLOPs and energy have rounds of their
+own: nothing but the method runs while time is taken.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.baselines.contract.errors import InputError, one_line
 from visionselector_eval.harness.environment import cpu_model, environment
 from visionselector_eval.harness.profiler.flops import (
     matmul_ceiling,
 )
+from visionselector_eval.harness.profiler.measure import BoundCell, Profiler, Prompt, bind_cells, out_of_memory
 from visionselector_eval.harness.profiler.memory import weight_bytes
+from visionselector_eval.harness.profiler.metrics import METRICS, Metric, ProfilePlan, Time
 from visionselector_eval.harness.profiler.nvml import INTERVAL, Nvml
 from visionselector_eval.harness.profiler.spec import ProfileCell
 from visionselector_eval.harness.profiler.store import ProfileFolder
@@ -29,27 +36,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from visionselector_eval.models.backbones.base import Backbone
-from visionselector_eval.harness.profiler.measure import BoundCell, Profiler, bind_cells, out_of_memory
 
 log = logging.getLogger(__name__)
-
-
-_FLOP_ROUNDS = 8  # of a task's documents, whose sizes differ; FLOPs of one prompt are always the same
-
-
-_PUBLISHED_EVERY = 5  # rounds in which prefill is also taken as the published harness defines it
-
-
-@dataclass(frozen=True)
-class ProfilePlan:
-    """How often everything is run; see `ProfileSpec`."""
-
-    repeats: int = 50
-    warmup: int = 10
-    memory_rounds: int = 3
-    energy_seconds: float = 2.0
-    new_tokens: int = 8
-    seed: int = 0
 
 
 class Progress:
@@ -125,15 +113,15 @@ def profile(
             check_length(text, item.make(), plan.new_tokens, item.key)
     bound, unfit = bind_cells(backbone, cells)
     gpu = Nvml.find(backbone.device)
-    energy = isinstance(gpu, Nvml) and plan.energy_seconds > 0
+    metrics = [metric(plan, gpu) for metric in METRICS]
     schedules = [
-        _Schedule(workload, bound, plan, energy, _measured(folder.rows(), workload.name)) for workload in workloads
+        _Schedule(workload, bound, metrics, plan, _measured(folder.rows(), workload.name)) for workload in workloads
     ]
     progress.start(sum(s.left for s in schedules))
     failed: dict[tuple[str, str], str] = {}
     numbers = {cell.digest: number for number, cell in enumerate(cells)}
     for schedule in schedules:
-        session = _Session(folder, measuring, schedule, plan, numbers, attention, gpu, progress, failed)
+        session = _Session(folder, measuring, schedule, plan, numbers, attention, progress, failed)
         for cell, reason in unfit.values():
             session.give_up(cell, reason)
         progress.workload(schedule.workload.name)
@@ -148,11 +136,12 @@ def _measured(rows: pd.DataFrame, workload: str) -> set[tuple[str, str, int]]:
 
 @dataclass(frozen=True)
 class _Step:
-    """One sample: a cell, what is measured, and in which round."""
+    """One sample: a cell, what is measured, and in which round. Samples of a warm-up are not kept."""
 
     bound: BoundCell
-    kind: str
+    metric: Metric
     round: int
+    kept: bool = True
 
 
 class _Schedule:
@@ -162,29 +151,26 @@ class _Schedule:
         self,
         workload: Workload,
         bound: Sequence[BoundCell],
+        metrics: Sequence[Metric],
         plan: ProfilePlan,
-        energy: bool,
         done: set[tuple[str, str, int]],
     ) -> None:
         self.workload, self.bound = workload, bound
-        once = min(len(workload.items), _FLOP_ROUNDS)
-        rounds: list[list[_Step]] = []
-        for number in range(plan.repeats):
-            steps = [_Step(b, "time", number) for b in bound]
-            # One cell a round, in turn, runs without marks, too: what the marks themselves cost.
-            steps += [_Step(bound[number % len(bound)], "plain", number)] if bound else []
-            if number % _PUBLISHED_EVERY == 0:
-                steps += [_Step(b, "published", number) for b in bound]
-            rounds.append(steps)
-        for kind, count in (("memory", plan.memory_rounds), ("flops", once), ("energy", int(energy))):
-            rounds += [[_Step(b, kind, number) for b in bound] for number in range(count)]
+        rounds = [
+            [_Step(b, metric, number) for metric in metrics for b in metric.in_timed_round(bound, number)]
+            for number in range(plan.repeats)
+        ]
+        for metric in metrics:
+            rounds += [
+                [_Step(b, metric, number) for b in bound] for number in range(metric.own_rounds(len(workload.items)))
+            ]
         self.rounds = []
         for steps in rounds:
             if not steps:
                 continue
-            order = random.Random(f"{plan.seed}/{workload.name}/{steps[0].kind}/{steps[0].round}")
+            order = random.Random(f"{plan.seed}/{workload.name}/{steps[0].metric.kind}/{steps[0].round}")
             order.shuffle(steps)
-            if left := [s for s in steps if (s.bound.cell.digest, s.kind, s.round) not in done]:
+            if left := [s for s in steps if (s.bound.cell.digest, s.metric.kind, s.round) not in done]:
                 self.rounds.append(left)
 
     @property
@@ -192,10 +178,10 @@ class _Schedule:
         return sum(map(len, self.rounds))
 
     @property
-    def timed(self) -> list[BoundCell]:
-        """Cells that still have something to be timed, which need warm-up."""
-        wanted = {s.bound.cell.digest for steps in self.rounds for s in steps if s.kind in ("time", "plain")}
-        return [b for b in self.bound if b.cell.digest in wanted]
+    def cold(self) -> list[BoundCell]:
+        """Cells that still have something to be measured for which they are warmed up."""
+        digests = {s.bound.cell.digest for steps in self.rounds for s in steps if s.metric.warmed_up}
+        return [b for b in self.bound if b.cell.digest in digests]
 
 
 @dataclass
@@ -208,7 +194,6 @@ class _Session:
     plan: ProfilePlan
     numbers: Mapping[str, int]
     attention: str
-    gpu: Any
     progress: Progress
     failed: dict[tuple[str, str], str]
 
@@ -217,8 +202,9 @@ class _Session:
         return self.schedule.workload
 
     def run(self) -> None:
-        for number in range(self.plan.warmup if self.schedule.timed else 0):
-            steps = [_Step(b, "warmup", number) for b in self.schedule.timed]
+        cold = self.schedule.cold
+        for number in range(self.plan.warmup if cold else 0):
+            steps = [_Step(b, Time(self.plan), number, kept=False) for b in cold]
             random.Random(f"{self.plan.seed}/{self.workload.name}/warmup/{number}").shuffle(steps)
             self._round(steps)
         for steps in self.schedule.rounds:
@@ -228,35 +214,30 @@ class _Session:
         """Record that a cell can't be measured on this workload; the others go on."""
         self.failed[self.workload.name, cell.digest] = reason
         self.progress.failed(self.workload.name, cell, reason)
-        self._write(cell, _Step(BoundCell(cell, None), "failed", 0), "", 0, {"error": reason})  # type: ignore[arg-type]
+        self._write(cell, "failed", 0, "", 0, {"error": reason})
 
     def _alive(self, bound: BoundCell) -> bool:
         return (self.workload.name, bound.cell.digest) not in self.failed
 
     def _round(self, steps: Sequence[_Step]) -> None:
         alive = [s for s in steps if self._alive(s.bound)]
-        counted = [s for s in steps if s.kind != "warmup"]
+        counted = [s for s in steps if s.kept]
         if not alive:
             self.progress.measured(len(counted))
             return
         item = self.workload.items[steps[0].round % len(self.workload.items)]
-        inputs, preprocess = self.profiler.preprocess(item.make)
+        prompt = self.profiler.preprocess(item.make, item.key)
         with _without_gc():
             for place, step in enumerate(steps):
                 if self._alive(step.bound):
-                    self._step(step, item.key, inputs, preprocess, place)
-                if step.kind != "warmup":
+                    self._step(step, prompt, place)
+                if step.kept:
                     self.progress.measured(1)
 
-    def _step(self, step: _Step, key: str, inputs: Mapping[str, Any], preprocess: float, place: int) -> None:
-        run, reason = self.profiler, ""
+    def _step(self, step: _Step, prompt: Prompt, place: int) -> None:
+        reason = ""
         try:
-            if step.kind in ("time", "warmup"):
-                values = {"preprocess_ms": 1000 * preprocess, **run.timed(step.bound, inputs, key)}
-            elif step.kind == "energy":
-                values = run.energy(step.bound, inputs, key, self.gpu, self.plan.energy_seconds)
-            else:
-                values = getattr(run, step.kind)(step.bound, inputs, key)
+            values = step.metric.measure(self.profiler, step.bound, prompt)
         except Exception as error:
             reason = self._reason(error)
         if reason:  # after the handler: the error's frames held the tensors that filled the memory
@@ -264,19 +245,20 @@ class _Session:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.give_up(step.bound.cell, reason)
-        elif step.kind != "warmup":
-            self._write(step.bound.cell, step, key, place, values)
+        elif step.kept:
+            self._write(step.bound.cell, step.metric.kind, step.round, prompt.key, place, values)
 
     def _reason(self, error: Exception) -> str:
         if out_of_memory(error):
             n = self.workload.tokens
             return f"out of memory at N={n}" if n is not None else f"out of memory on {self.workload.name}"
-        if isinstance(error, InputError):
-            return str(error)
-        log.debug("a cell failed", exc_info=error)
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if not isinstance(error, InputError):
+            log.debug("a cell failed", exc_info=error)
+        return one_line(error, kind=True, longest=2000)
 
-    def _write(self, cell: ProfileCell, step: _Step, key: str, place: int, values: Mapping[str, Any]) -> None:
+    def _write(
+        self, cell: ProfileCell, kind: str, number: int, key: str, place: int, values: Mapping[str, Any]
+    ) -> None:
         self.folder.append(
             {
                 "workload": self.workload.name,
@@ -287,8 +269,8 @@ class _Session:
                 "label": cell.label,
                 "options": str(dict(cell.options)),
                 "budget": str(cell.budget),
-                "kind": step.kind,
-                "round": step.round,
+                "kind": kind,
+                "round": number,
                 "place": place,
                 "number": self.numbers[cell.digest],
                 "at": time.time(),

@@ -10,10 +10,12 @@ import torch
 from battery import PROMPTS
 
 from visionselector_eval.baselines import build
+from visionselector_eval.baselines.contract.budget import Share
 from visionselector_eval.baselines.contract.decoder import ScoreDecoder
 from visionselector_eval.harness.microbenchmarks import profiler as known
-from visionselector_eval.harness.profiler.measure import BoundCell, Profiler
+from visionselector_eval.harness.profiler.measure import BoundCell, Profiler, Prompt
 from visionselector_eval.harness.profiler.memory import ResidentMemory, SampledMemory, weight_bytes
+from visionselector_eval.harness.profiler.metrics import Flops, Memory, Plain, Time
 from visionselector_eval.harness.profiler.phases import FIRST_TOKEN, PHASES, PhaseRecorder
 from visionselector_eval.harness.profiler.spec import cell_of
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
@@ -37,7 +39,7 @@ class FakeClock:
 
 
 def cell(method: str, role: str = "method") -> Any:
-    return cell_of(role, method, method, {}, "0.25")
+    return cell_of(role, method, method, {}, Share(0.25))
 
 
 def test_every_phase_is_reported_exactly() -> None:
@@ -47,7 +49,7 @@ def test_every_phase_is_reported_exactly() -> None:
         clock.now += known.SECONDS[phase]
 
     profiler, bound = known.profiler_of(work, CPU, clock)
-    row = profiler.timed(bound, profiler.backbone.inputs(), "document")
+    row = Time().measure(profiler, bound, Prompt("document", profiler.backbone.inputs()))
     truth = {**known.true_milliseconds(), "preprocess": None}
     for phase in PHASES[1:]:
         assert row[f"{phase}_ms"] == pytest.approx(truth[phase])
@@ -58,9 +60,9 @@ def test_every_phase_is_reported_exactly() -> None:
     assert row["text_tokens"] == known.TEXT
     assert row["layer_lengths"] == [known.TEXT + 4] * 2
     assert all(clock.settled), "the device settles at every border outside the LLM"
-    assert profiler.plain(bound, profiler.backbone.inputs(), "document")["latency_ms"] == pytest.approx(
-        row["latency_ms"]
-    )
+    assert Plain().measure(profiler, bound, Prompt("document", profiler.backbone.inputs()))[
+        "latency_ms"
+    ] == pytest.approx(row["latency_ms"])
 
 
 def test_real_delays_are_at_least_what_they_are() -> None:
@@ -74,9 +76,9 @@ def test_hooks_are_gone_afterwards(tiny) -> None:
     bound = BoundCell(cell("fastv"), tiny.bind(build("fastv")))
     before = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.model.modules()]
     profiler = Profiler(tiny, 2)
-    profiler.timed(bound, inputs, "document")
-    profiler.memory(bound, inputs, "document")
-    profiler.flops(bound, inputs, "document")
+    Time().measure(profiler, bound, Prompt("document", inputs))
+    Memory().measure(profiler, bound, Prompt("document", inputs))
+    Flops().measure(profiler, bound, Prompt("document", inputs))
     with pytest.raises(RuntimeError, match="broken"), PhaseRecorder(None).watching(tiny):
         raise RuntimeError("broken")
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.model.modules()] == before
@@ -87,10 +89,10 @@ def test_the_marks_change_no_answer(tiny) -> None:
     for name in ("divprune", "fastv", "downsample"):
         bound = BoundCell(cell(name), tiny.bind(build(name)))
         profiler = Profiler(tiny, 3)
-        _, plain = profiler.answer(bound, inputs, "document", None)
+        _, plain = profiler.answer(bound, Prompt("document", inputs), None)
         recorder = PhaseRecorder(FakeClock())
         with recorder.watching(tiny):
-            _, marked = profiler.answer(bound, inputs, "document", recorder)
+            _, marked = profiler.answer(bound, Prompt("document", inputs), recorder)
         assert plain.layer_lengths == marked.layer_lengths
         assert [k.tolist() for k in plain.kept] == [k.tolist() for k in marked.kept]
 
@@ -118,7 +120,7 @@ def test_a_method_inside_the_llm_interrupts_prefill(tiny) -> None:
     inputs = tiny.to_device(build_inputs(tiny.processor, PROMPTS["one image"](), MediaSettings()))
     visual = tiny.visual_totals(inputs)[0]
     bound = BoundCell(cell("slow"), SlowInside(clock=clock))
-    row = Profiler(tiny, 2, clock).timed(bound, inputs, "document")
+    row = Time().measure(Profiler(tiny, 2, clock), bound, Prompt("document", inputs))
     assert row["compressor_ms"] == 1000.0
     assert row["prefill_ms"] == 0.0
     assert False in clock.settled, "borders inside the forward do not wait for the device"
@@ -142,7 +144,9 @@ def test_the_downsampling_control_pays_for_its_own_smaller_vision_pass(tiny) -> 
     inputs = build_inputs(tiny.processor, PROMPTS["one image"](), MediaSettings())
     recorder = PhaseRecorder(None, [Probe()])
     with recorder.watching(tiny):
-        Profiler(tiny, 2).answer(BoundCell(cell("downsample"), tiny.bind(build("downsample"))), inputs, "d", recorder)
+        Profiler(tiny, 2).answer(
+            BoundCell(cell("downsample"), tiny.bind(build("downsample"))), Prompt("d", inputs), recorder
+        )
     shown = [phase for phase in seen if phase in ("vision", "compressor")]
     assert shown[:2] == ["compressor", "vision"]
     assert shown.count("vision") == 1
@@ -155,7 +159,7 @@ def warmed_up(work: known.Work) -> tuple[Profiler, BoundCell]:
     """A profiler after an answer that nobody measures: a process's first one also brings in the pages of code that it
     runs, 10 to 40 MiB of the libraries. A profile has its own warm-up rounds for that."""
     profiler, bound = known.profiler_of(work, CPU)
-    profiler.memory(bound, profiler.backbone.inputs(), "warm-up")
+    Memory().measure(profiler, bound, Prompt("warm-up", profiler.backbone.inputs()))
     return profiler, bound
 
 
@@ -171,7 +175,7 @@ def test_holes_in_the_heap_are_no_part_of_a_peak() -> None:
     ResidentMemory().close()  # from here on tensors of less than 32 MiB come from the heap
     profiler, bound = warmed_up(Holes())
     for _ in range(2):
-        row = profiler.memory(bound, profiler.backbone.inputs(), "d")
+        row = Memory().measure(profiler, bound, Prompt("d", profiler.backbone.inputs()))
         assert row["rss_decode_bytes"] / 2**20 == pytest.approx(20, abs=1)
 
 
@@ -191,7 +195,7 @@ class Holes:
 
 def test_sampled_memory_sees_what_lasts_longer_than_its_interval() -> None:
     profiler, bound = warmed_up(Lingering())
-    row = profiler.memory(bound, profiler.backbone.inputs(), "d", probe=lambda _: SampledMemory(0.001))
+    row = Memory(probe=lambda _: SampledMemory(0.001)).measure(profiler, bound, Prompt("d", profiler.backbone.inputs()))
     assert row["rss_vision_bytes"] / 2**20 == pytest.approx(known.MIB["vision"], abs=4)
     assert "every 1 ms" in row["memory_method"]
 

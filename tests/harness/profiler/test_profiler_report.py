@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.harness.profiler import report
+from visionselector_eval.harness.profiler.metrics import peak
 from visionselector_eval.harness.profiler.plots import draw
+from visionselector_eval.harness.profiler.ratios import paired_ratio
 from visionselector_eval.harness.profiler.spec import FULL, LIMIT, ProfileCell, cell_of
 from visionselector_eval.harness.profiler.store import ProfileFolder, load_profile
 
@@ -210,7 +212,7 @@ def test_rows_of_two_attention_back_ends_make_no_table(tmp_path) -> None:
 @given(st.lists(st.floats(0.1, 10), min_size=6, max_size=40), st.floats(0.5, 4))
 def test_drift_that_both_share_leaves_the_ratio_alone(drift, factor) -> None:
     full = pd.Series(drift, dtype="float64")
-    ratio = report.paired_ratio(full * factor, full)
+    ratio = paired_ratio(full * factor, full)
     assert ratio.estimate == pytest.approx(factor)
     assert ratio.low == pytest.approx(factor)
     assert ratio.high == pytest.approx(factor)
@@ -221,17 +223,17 @@ def test_a_repetition_lands_in_the_interval_nineteen_times_of_twenty() -> None:
     inside = 0
     for _ in range(200):
         one, two = (pd.Series(np.exp(0.1 * rng.normal(size=50))) for _ in range(2))
-        a, b = (report.paired_ratio(s, pd.Series(np.exp(0.1 * rng.normal(size=50)))) for s in (one, two))
+        a, b = (paired_ratio(s, pd.Series(np.exp(0.1 * rng.normal(size=50)))) for s in (one, two))
         inside += a.low <= b.estimate <= a.high
     assert 180 <= inside <= 199
 
 
 def test_few_rounds_have_no_interval_and_lonely_rounds_no_pair() -> None:
-    few = report.paired_ratio(pd.Series([2.0, 4.0, 6.0]), pd.Series([1.0, 2.0, 3.0]))
+    few = paired_ratio(pd.Series([2.0, 4.0, 6.0]), pd.Series([1.0, 2.0, 3.0]))
     assert (few.estimate, few.rounds) == (2.0, 3)
     assert math.isnan(few.low)
     assert str(few) == "2.00x"
-    lonely = report.paired_ratio(pd.Series({0: 1.0}), pd.Series({1: 1.0}))
+    lonely = paired_ratio(pd.Series({0: 1.0}), pd.Series({1: 1.0}))
     assert (lonely.rounds, str(lonely)) == (0, "-")
 
 
@@ -295,9 +297,9 @@ def test_what_an_allocator_holds_beside_an_answer_is_no_part_of_its_peak():
             "rss_decode_bytes": [20.0, 20.0, 26.0, 10.0, 10.0],
         }
     )
-    assert report.peak(memory, "rss", ("vision", "prefill", "decode")) == (42 + 64) / 2
-    assert report.peak(memory, "rss", ("prefill", "decode")) == (38 + 64) / 2
+    assert peak(memory, "rss", ("vision", "prefill", "decode")) == (42 + 64) / 2
+    assert peak(memory, "rss", ("prefill", "decode")) == (38 + 64) / 2
     sampled = memory.assign(memory_method="resident memory sampled every 2 ms")
-    assert report.peak(sampled, "rss", ("vision", "prefill")) == (90 + 81.5) / 2
-    assert math.isnan(report.peak(memory, "allocated", ("vision",)))
-    assert math.isnan(report.peak(memory[:0], "rss", ("vision",)))
+    assert peak(sampled, "rss", ("vision", "prefill")) == (90 + 81.5) / 2
+    assert math.isnan(peak(memory, "allocated", ("vision",)))
+    assert math.isnan(peak(memory[:0], "rss", ("vision",)))

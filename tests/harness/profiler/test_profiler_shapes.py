@@ -19,7 +19,8 @@ from visionselector_eval.harness.profiler.flops import (
     theoretical_projector,
     theoretical_vision,
 )
-from visionselector_eval.harness.profiler.measure import BoundCell, Profiler
+from visionselector_eval.harness.profiler.measure import BoundCell, Profiler, Prompt
+from visionselector_eval.harness.profiler.metrics import Flops, Memory, Time
 from visionselector_eval.harness.profiler.random_weights import SHAPES, build_random, processor, shape_config
 from visionselector_eval.harness.profiler.spec import cell_of
 from visionselector_eval.harness.profiler.workloads import check_length, grid_of, synthetic
@@ -136,7 +137,10 @@ def test_counted_flops_are_those_of_the_shapes(shaped, method, tokens) -> None:
     inputs = synthetic(shaped.processor, tokens).items[0].make()
     bound = BoundCell(cell_of("method", method, method, {}, Share(0.25)), shaped.bind(build(method)))
     profiler = Profiler(shaped, 4)
-    row, timed = profiler.flops(bound, inputs, "d"), profiler.timed(bound, inputs, "d")
+    row, timed = (
+        Flops().measure(profiler, bound, Prompt("d", inputs)),
+        Time().measure(profiler, bound, Prompt("d", inputs)),
+    )
     text = shaped.model.config.get_text_config()
     layers = theoretical_prefill(text, timed["layer_lengths"])
     assert row["layer_flops"] == layers
@@ -158,7 +162,7 @@ def test_counted_flops_of_a_clip_tower_are_those_of_the_shapes(shape, tokens, me
     made = build_random(shape)
     inputs = synthetic(made.processor, tokens).items[0].make()
     bound = BoundCell(cell_of("method", method, method, {}, Share(0.25)), made.bind(build(method)))
-    row = Profiler(made, 4).flops(bound, inputs, "d")
+    row = Flops().measure(Profiler(made, 4), bound, Prompt("d", inputs))
     config = made.model.config
     assert row["vision_flops"] == row["theory_vision_flops"]
     assert row["vision_flops"] == theoretical_clip(config.vision_config, 2) + theoretical_projector(config, 128)
@@ -172,7 +176,10 @@ def test_the_cache_is_read_not_computed(shaped) -> None:
     for method in ("full", "fastv"):
         bound = BoundCell(cell_of("method", method, method, {}, Share(0.25)), shaped.bind(build(method)))
         profiler = Profiler(shaped, 3)
-        memory, timed = profiler.memory(bound, inputs, "d"), profiler.timed(bound, inputs, "d")
+        memory, timed = (
+            Memory().measure(profiler, bound, Prompt("d", inputs)),
+            Time().measure(profiler, bound, Prompt("d", inputs)),
+        )
         assert memory["cache_lengths"] == timed["layer_lengths"]
         head = text.hidden_size // text.num_attention_heads
         assert memory["kv_bytes"] == 2 * 4 * head * text.num_key_value_heads * sum(timed["layer_lengths"])
