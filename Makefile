@@ -13,7 +13,7 @@ DEMO := --name demo --existing replace-stale --limit 16 --batch-size 8 --budgets
 	--methods visionselector visionzip divprune random uniform downsample
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest test-newest lint types bundle lock clean
+.PHONY: help install demo test test-lowest test-newest lint types docs bundle lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -57,6 +57,9 @@ types: install
 TORCH := torch==2.11.0 torchvision==0.26.0
 RESOLVE = $(BIN)/uv pip compile pyproject.toml --extra dev --constraint build/pins.txt --python-platform x86_64-manylinux_2_28 \
 	--no-annotate --no-header --no-emit-index-url --no-emit-find-links --no-emit-build-options --quiet
+
+docs: install  ## write the parts of docs/ that come from the code (fields, settings, methods, benchmarks)
+	$(BIN)/python docs/build.py
 
 bundle: install  ## wheels for a GPU machine without network, in build/bundle (BUNDLE='--python 3.11')
 	$(BIN)/python -m visionselector_eval.harness.microbenchmarks.bundle $(BUNDLE)

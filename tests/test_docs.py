@@ -1,13 +1,14 @@
 """Documents are true: their commands run, their tables are the code's.
 
 In README.md and docs/, every block marked `sh`, `python`, `yaml` or `toml` is used, in order, in an empty folder that
-holds `picture.png`; `file=NAME` writes a block there, `sh hub` is only parsed. `python tests/test_docs.py` writes the
-table of a sweep's fields and the sections of methods anew.
+holds `picture.png`; `file=NAME` writes a block there, `sh hub` is only parsed. `make docs` writes what comes from the
+code.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -24,9 +25,6 @@ from visionselector_eval.harness.cli.commands import COMMANDS
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OURS = (["visionselector-eval"], ["python", "run_eval.py"])
-FIELDS = ("<!-- fields: written by tests/test_docs.py -->\n", "<!-- end of fields -->")
-SETTINGS = ("<!-- settings: written by tests/test_docs.py -->\n", "<!-- end of settings -->")
-METHODS = ("<!-- methods: written by tests/test_docs.py -->\n", "<!-- end of methods -->")
 
 
 @dataclass(frozen=True)
@@ -180,95 +178,23 @@ def test_a_broken_command_would_be_noticed(workplace: Path, capsys: pytest.Captu
         run_command(Block(document, 1, "sh", (), ""), ["curl", "x"], workplace, capsys)
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
-
-
-def spec_table() -> str:
-    """The fields of a sweep as a Markdown table."""
-    from visionselector_eval.harness.cli.flags import default_text
-    from visionselector_eval.harness.sweep.spec import SweepSpec
-
-    rows = ["| field | default | what it is |", "|---|---|---|"]
-    for name, info in SweepSpec.model_fields.items():
-        default = info.get_default(call_default_factory=True)
-        shown = "" if default is None or default in ([], {}) else f"`{default_text(default)}`"
-        rows.append(table_row(f"`{name}`", shown, info.description or ""))
-    return "\n".join(rows) + "\n"
-
-
-def training_table() -> str:
-    """The fields of the trainings as a Markdown table."""
-    from visionselector_eval.harness.cli.flags import default_text
-    from visionselector_eval.models.training.spec import SPECS
-
-    rows = [f"| field | {' | '.join(SPECS)} | what it is |", f"|---|{'---|' * len(SPECS)}---|"]
-    for name in dict.fromkeys(name for spec in SPECS.values() for name in spec.model_fields):
-        owners = {kind: spec.model_fields.get(name) for kind, spec in SPECS.items()}
-        texts = list(dict.fromkeys(info.description for info in owners.values() if info))
-        values = [
-            "-" if info is None else f"`{text}`" if (text := default_text(info)) else "" for info in owners.values()
-        ]
-        rows.append(table_row(f"`{name}`", *values, " / ".join(texts)))
-    return "\n".join(rows) + "\n"
-
-
-def with_training_table(text: str) -> str:
-    return rewritten(text, SETTINGS, training_table())
-
-
-def test_the_table_of_settings_is_the_training_specs() -> None:
-    text = (ROOT / "docs" / "training.md").read_text()
-    assert text == with_training_table(text), "run `python tests/test_docs.py`"
-
-
-def method_sections() -> str:
-    """The registry as a table of all compressors and a section for each, from their docstrings and options."""
-    import dataclasses
-    import inspect
-
-    from visionselector_eval.baselines.contract.registry import BUILTIN, compressor_class
-
-    rows = ["| method | stage | needs | trained | paper | deviations from it | cost |", "|---|---|---|---|---|---|---|"]
-    sections = []
-    for name in sorted(BUILTIN):
-        method = compressor_class(name)
-        text = inspect.getdoc(method) or ""
-        options = [f for f in dataclasses.fields(method) if f.name != "upstream_exact"]
-        needs = ", ".join(sorted(method.needs)) or ("hidden states" if method.stage == "decoder" else "features")
-        paper = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", method.paper)
-        said = [method.stage, needs, "yes" if method.trained else "no", paper, method.deviations, method.cost]
-        rows.append(table_row(f"[{name}](#{name})", *said))
-        lines = [f"- `{f.name}` (default `{f.default!r}`): {f.metadata['help']}" for f in options]
-        sections.append("\n".join([f"## {name}", "", text, *(["", "Options:", "", *lines] if lines else [])]))
-    return "\n".join(rows) + "\n\n" + "\n\n".join(sections) + "\n\n"
-
-
-def table_row(*cells: str) -> str:
-    """A row of a table in Markdown; a bar within a cell does not end it."""
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def rewritten(text: str, markers: tuple[str, str], content: str) -> str:
-    start, end = text.index(markers[0]) + len(markers[0]), text.index(markers[1])
-    return text[:start] + content + text[end:]
-
-
-def with_spec_table(text: str) -> str:
-    return rewritten(text, FIELDS, spec_table())
-
-
-def with_method_sections(text: str) -> str:
-    return rewritten(text, METHODS, method_sections())
-
-
-def test_the_table_of_fields_is_the_spec() -> None:
-    text = (ROOT / "docs" / "sweep.md").read_text()
-    assert text == with_spec_table(text), "run `python tests/test_docs.py`"
-
-
-def test_the_sections_of_methods_are_the_registry() -> None:
-    text = (ROOT / "docs" / "methods.md").read_text()
-    assert text == with_method_sections(text), "run `python tests/test_docs.py`"
+def test_generated_parts_are_what_the_code_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("build_docs", ROOT / "docs" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    assert build.main(["--check"]) == 0, capsys.readouterr().out
+    pages = {page for page, _ in build.PARTS.values()}
+    for page in pages:
+        (tmp_path / page).write_text((ROOT / "docs" / page).read_text().replace("| `budgets` |", "| `budget` |"))
+    build.DOCS = tmp_path
+    assert build.main(["--check"]) == 1
+    assert capsys.readouterr().out == "docs/sweep.md: fields is out of date: run make docs\n"
+    assert build.main([]) == 0
+    assert {page: (tmp_path / page).read_text() for page in pages} == {
+        page: (ROOT / "docs" / page).read_text() for page in pages
+    }
 
 
 def test_every_method_says_where_it_comes_from_and_what_it_costs() -> None:
@@ -308,10 +234,3 @@ def test_links_and_named_files_exist(document: Path) -> None:
         assert (document.parent / target).exists(), target
     for target in re.findall(r"`((?:tests|docs|baselines|models|tasks|harness|results|examples)/[\w./-]*)`", text):
         assert (ROOT / target).exists(), target
-
-
-if __name__ == "__main__":
-    pages = {"sweep.md": with_spec_table, "methods.md": with_method_sections, "training.md": with_training_table}
-    for file, write in pages.items():
-        page = ROOT / "docs" / file
-        page.write_text(write(page.read_text()))

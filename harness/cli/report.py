@@ -45,10 +45,11 @@ def parser() -> Parser:
 
 def run(arguments: argparse.Namespace) -> int:
     from visionselector_eval.harness.report.leaderboard import write
+    from visionselector_eval.harness.report.render import terminal
 
     if arguments.against_backbone is not None and arguments.against is None:
         raise InputError("--against-backbone goes with --against")
-    parts = [write(arguments.run).to_terminal(screen_width())]
+    parts = [terminal(write(arguments.run), screen_width())]
     # Printed together at the end: what is asked for beside the leaderboard may refuse the run.
     if arguments.difficulty:
         from visionselector_eval.harness.report import difficulty

@@ -70,6 +70,7 @@ def parser() -> Parser:
 
 def run(arguments: argparse.Namespace) -> int:
     from visionselector_eval.harness.report.leaderboard import write
+    from visionselector_eval.harness.report.render import RENDERERS, terminal
     from visionselector_eval.harness.store.run import Run
     from visionselector_eval.harness.sweep.engines import engine
     from visionselector_eval.harness.sweep.plan import plan
@@ -90,8 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
             existing=arguments.existing,
             progress=screen,
         )
-    show(write(run.folder).to_terminal(screen_width()))
-    show(f"\nrun folder: {run.folder} (leaderboard.md, .csv, .tex, .html)")
+    show(terminal(write(run.folder), screen_width()))
+    show(f"\nrun folder: {run.folder} ({', '.join(f'leaderboard.{ending}' for ending in RENDERERS)})")
     unmeasured = (
         _profile_of_sweep(spec, run, measuring, arguments.existing == "overwrite") if measuring is not None else 0
     )

@@ -21,7 +21,8 @@ from tabulate import tabulate
 from visionselector_eval.baselines.contract.budget import Share, parse_budget
 from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.harness.report.comparison import REFERENCE, backbone_remarks, budget_order, prepared
-from visionselector_eval.harness.report.render import budget_text, titled
+from visionselector_eval.harness.report.render import budget_text
+from visionselector_eval.harness.report.rows import titled
 from visionselector_eval.harness.report.stats import MINIMUM_UNITS, paired_difference, t_quantile
 from visionselector_eval.harness.store.files import write_atomic
 from visionselector_eval.harness.store.run import Run, load_run

@@ -1,7 +1,7 @@
 """Leaderboards: a row for each method and budget, a column for each task, and what a careful reader needs.
 
-`build_leaderboard(cells, samples)` only computes; `write(folder)` reads a run and writes
-`leaderboard.{csv,md,tex,html}`.
+`build_leaderboard(cells, samples)` only computes; `write(folder)` reads a run and writes `leaderboard.*`, one file for
+each format of `render.RENDERERS`.
 The same run gives the same bytes. Everything is compared with the `full` row of the same run, backbone, task and
 documents, never with another run's.
 """
@@ -15,9 +15,9 @@ from typing import Any
 
 import pandas as pd
 
+from visionselector_eval.baselines.contract.errors import one_line
 from visionselector_eval.harness.report import stats
 from visionselector_eval.harness.report.comparison import (
-    CONTROLS,
     REFERENCE,
     Entry,
     backbone_remarks,
@@ -28,7 +28,8 @@ from visionselector_eval.harness.report.comparison import (
     paired,
     prepared,
 )
-from visionselector_eval.harness.report.render import Leaderboard, budget_text, display_rows
+from visionselector_eval.harness.report.render import RENDERERS, budget_text
+from visionselector_eval.harness.report.rows import Key, Leaderboard, SummaryRow, TaskInfo, TaskRow
 from visionselector_eval.harness.store.files import write_atomic
 from visionselector_eval.harness.store.run import Run, load_run
 
@@ -48,9 +49,8 @@ def build_leaderboard(
     remarks = backbone_remarks(cells)
     entries = entries_of(cells, samples)
 
-    tidy: list[dict[str, Any]] = []
-    summary: list[dict[str, Any]] = []
-    tasks: list[dict[str, Any]] = []
+    summary: list[SummaryRow] = []
+    tasks: list[TaskInfo] = []
     for backbone in sorted({key[0] for key in entries}):
         own = {key: value for key, value in entries.items() if key[0] == backbone}
         names = sorted({task for row in own.values() for task in row})
@@ -59,26 +59,26 @@ def build_leaderboard(
             notes.append(f"{backbone}: no `full` row in this run, so nothing is relative to it")
         for task in names:
             found = [row[task] for row in (full, *own.values()) if task in row]
-            entry = next((entry for entry in found if len(entry.done)), found[0])
-            tasks.append(
-                {"backbone": backbone, "task": task}
-                | {name: entry.first(name) for name in ("metric", "higher_is_better", "scale", "mean_of_documents")}
-                | {"n_documents": int(entry.first("n_documents"))}
-            )
-        rows, lines = [], []
+            tasks.append(_task_info(backbone, task, next((entry for entry in found if len(entry.done)), found[0])))
+        rows = []
         for key, row in own.items():
-            details = [_task_row(key, task, row, full.get(task)) for task in names]
-            lines += details
-            rows.append(_summary_row(key, row, details, full))
+            lines = [_task_row(key, task, row, full.get(task)) for task in names]
+            rows.append(_summary_row(row, lines, full))
         summary += _ranked(rows, own, full)
-        place = {(row["label"], row["budget"]): number for number, row in enumerate(summary)}
-        tidy += sorted(lines, key=lambda line: (place[line["label"], line["budget"]], line["task"]))
         notes += _problems(backbone, own)
-    tidy_frame = pd.DataFrame(tidy)
-    summary_frame = pd.DataFrame(summary)
-    task_frame = pd.DataFrame(tasks)
-    display = display_rows(summary_frame, tidy_frame, task_frame)
-    return Leaderboard(tidy_frame, summary_frame, display, task_frame, tuple(notes), dict(environment or {}), remarks)
+    return Leaderboard(tuple(summary), tuple(tasks), tuple(notes), dict(environment or {}), remarks)
+
+
+def _task_info(backbone: str, task: str, entry: Entry) -> TaskInfo:
+    return TaskInfo(
+        backbone=backbone,
+        task=task,
+        metric=str(entry.first("metric")),
+        higher_is_better=bool(entry.first("higher_is_better")),
+        scale=float(entry.first("scale")),
+        mean_of_documents=bool(entry.first("mean_of_documents")),
+        n_documents=int(entry.first("n_documents")),
+    )
 
 
 def _told_apart(interval: stats.Interval) -> bool | None:
@@ -86,11 +86,12 @@ def _told_apart(interval: stats.Interval) -> bool | None:
     return stats.distinguishable(interval) if math.isfinite(interval.low) else None
 
 
-def _findings(interval: stats.Interval) -> dict[str, Any]:
-    """An interval's columns: its ends, or why there are none."""
-    if not math.isfinite(interval.low):
-        return {"interval_note": stats.TOO_FEW}
-    return {"low": interval.low, "high": interval.high}
+def _set_interval(row: TaskRow | SummaryRow, interval: stats.Interval) -> None:
+    """Set a row's interval, or why it has none."""
+    if math.isfinite(interval.low):
+        row.low, row.high = interval.low, interval.high
+    else:
+        row.interval_note = stats.TOO_FEW
 
 
 def _relative_points(entry: Entry, other: Entry, full: Entry) -> stats.Interval | None:
@@ -104,111 +105,76 @@ def _relative_points(entry: Entry, other: Entry, full: Entry) -> stats.Interval 
     return stats.scaled(interval, (100 if full.first("higher_is_better") else -100) / base)
 
 
-def _task_row(key: tuple[str, str, str], task: str, row: Mapping[str, Entry], full: Entry | None) -> dict[str, Any]:
+def _task_row(key: Key, task: str, row: Mapping[str, Entry], full: Entry | None) -> TaskRow:
     backbone, label, budget = key
-    out: dict[str, Any] = {
-        "backbone": backbone,
-        "method": method_of(row),
-        "label": label,
-        "kind": _kind(method_of(row)),
-        "options": str(next(iter(row.values())).first("options")),
-        "budget": budget,
-        "task": task,
-        "metric": "",
-        "score": math.nan,
-        "spread": math.nan,
-        "seeds": 0,
-        "seeds_expected": max(len(entry.done) + len(entry.failed) for entry in row.values()),
-        "relative": math.nan,
-        "difference": math.nan,
-        "low": math.nan,
-        "high": math.nan,
-        "distinguishable": None,
-        "interval_note": "",
-        "n_documents": 0,
-        "needs_submission": False,
-        "kept_tokens": math.nan,
-        "total_tokens": math.nan,
-        "layer_tokens": math.nan,
-        "status": "missing",
-        "error": "",
-        "note": "",
-        "finished_at": "",
-    }
+    out = TaskRow(
+        backbone=backbone,
+        method=method_of(row),
+        label=label,
+        options=str(next(iter(row.values())).first("options")),
+        budget=budget,
+        task=task,
+        seeds_expected=max(len(entry.done) + len(entry.failed) for entry in row.values()),
+    )
     if task not in row:
         return out
     entry = row[task]
-    out["metric"] = str(entry.first("metric"))
-    out["finished_at"] = max(str(value) for value in (*entry.done["finished_at"], *entry.failed["finished_at"]))
+    out.metric = str(entry.first("metric"))
+    out.finished_at = max(str(value) for value in (*entry.done["finished_at"], *entry.failed["finished_at"]))
     if len(entry.failed):
-        out["error"] = str(entry.failed["error"].iloc[0])
+        out.error = str(entry.failed["error"].iloc[0])
     if not len(entry.done):
-        return out | {"status": "failed"}
-    out |= {
-        "status": "done" if len(entry.done) == out["seeds_expected"] else "partial",
-        "score": entry.score,
-        "spread": stats.spread([float(value) for value in entry.done["score"]]),
-        "seeds": len(entry.done),
-        "n_documents": int(entry.first("n_documents")),
-        "needs_submission": bool(entry.first("needs_submission")),
-        "kept_tokens": entry.mean("kept_tokens"),
-        "total_tokens": entry.mean("total_tokens"),
-        "layer_tokens": entry.mean("layer_tokens"),
-    }
-    out["note"] = obstacle(entry, full)
-    if out["note"]:
+        out.status = "failed"
         return out
-    assert full is not None
-    out["relative"] = stats.relative(entry.score, full.score, bool(entry.first("higher_is_better")))
-    if method_of(row) != REFERENCE and (interval := paired(entry, full)) is not None:
-        out |= {"difference": interval.difference, **_findings(interval)}
-        out["distinguishable"] = _told_apart(interval)
+    out.seeds = len(entry.done)
+    out.status = "done" if out.seeds == out.seeds_expected else "partial"
+    out.score = entry.score
+    out.spread = stats.spread([float(value) for value in entry.done["score"]])
+    out.n_documents = int(entry.first("n_documents"))
+    out.needs_submission = bool(entry.first("needs_submission"))
+    out.kept_tokens = entry.mean("kept_tokens")
+    out.total_tokens = entry.mean("total_tokens")
+    out.layer_tokens = entry.mean("layer_tokens")
+    out.note = obstacle(entry, full)
+    if out.note or full is None:
+        return out
+    out.relative = stats.relative(entry.score, full.score, bool(entry.first("higher_is_better")))
+    if out.method != REFERENCE and (interval := paired(entry, full)) is not None:
+        out.difference = interval.difference
+        _set_interval(out, interval)
+        out.distinguishable = _told_apart(interval)
     return out
 
 
-def _summary_row(
-    key: tuple[str, str, str],
-    row: Mapping[str, Entry],
-    details: Sequence[Mapping[str, Any]],
-    full: Mapping[str, Entry],
-) -> dict[str, Any]:
-    backbone, label, budget = key
-    method = method_of(row)
-    counted = [line for line in details if math.isfinite(line["relative"])]
-    kept = [line for line in details if math.isfinite(line["kept_tokens"]) and math.isfinite(line["total_tokens"])]
-    kept_tokens, total_tokens, layer_tokens = (
-        math.fsum(line[name] for line in kept) / len(kept) if kept else math.nan
-        for name in ("kept_tokens", "total_tokens", "layer_tokens")
+def _summary_row(row: Mapping[str, Entry], lines: Sequence[TaskRow], full: Mapping[str, Entry]) -> SummaryRow:
+    counted = [line for line in lines if math.isfinite(line.relative)]
+    kept = [line for line in lines if math.isfinite(line.kept_tokens) and math.isfinite(line.total_tokens)]
+    first = lines[0]
+    out = SummaryRow(
+        backbone=first.backbone,
+        label=first.label,
+        budget=first.budget,
+        method=first.method,
+        options=first.options,
+        seeds=max(line.seeds for line in lines),
+        mean_relative=_mean([line.relative for line in counted]),
+        tasks_counted=len(counted),
+        tasks=len(lines),
+        kept_tokens=_mean([line.kept_tokens for line in kept]),
+        total_tokens=_mean([line.total_tokens for line in kept]),
+        layer_tokens=_mean([line.layer_tokens for line in kept]),
+        failed_tasks=sum(line.status == "failed" for line in lines),
+        by_task={line.task: line for line in lines},
     )
-    out: dict[str, Any] = {
-        "backbone": backbone,
-        "label": label,
-        "budget": budget,
-        "method": method,
-        "kind": _kind(method),
-        "options": details[0]["options"],
-        "seeds": max(int(line["seeds"]) for line in details),
-        "mean_relative": math.fsum(line["relative"] for line in counted) / len(counted) if counted else math.nan,
-        "tasks_counted": len(counted),
-        "tasks": len(details),
-        "complete": len(counted) == len(details),
-        "low": math.nan,
-        "high": math.nan,
-        "distinguishable_from_full": None,
-        "best_of_budget": False,
-        "distinguishable_from_best": None,
-        "interval_note": "",
-        "kept_tokens": kept_tokens,
-        "total_tokens": total_tokens,
-        "layer_tokens": layer_tokens,
-        "share_kept": kept_tokens / total_tokens if total_tokens > 0 else math.nan,
-        "failed_tasks": sum(line["status"] == "failed" for line in details),
-    }
-    names = [str(line["task"]) for line in counted]
-    if method != REFERENCE and (interval := _row_interval(row, full, full, names)) is not None:
-        out |= _findings(interval)
-        out["distinguishable_from_full"] = _told_apart(interval)
+    tasks = [line.task for line in counted]
+    if out.method != REFERENCE and (interval := _row_interval(row, full, full, tasks)) is not None:
+        _set_interval(out, interval)
+        out.distinguishable_from_full = _told_apart(interval)
     return out
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
 
 
 def _row_interval(
@@ -225,63 +191,52 @@ def _row_interval(
 
 
 def _ranked(
-    rows: list[dict[str, Any]],
-    own: Mapping[tuple[str, str, str], Mapping[str, Entry]],
-    full: Mapping[str, Entry],
-) -> list[dict[str, Any]]:
+    rows: Sequence[SummaryRow], own: Mapping[Key, Mapping[str, Entry]], full: Mapping[str, Entry]
+) -> list[SummaryRow]:
     """Rows in the order shown, with the best of each budget found and the others compared with it."""
     # What the full row itself cannot give (a score of 0, a failure) is missing for all alike; means over the
     # rest compare.
-    attainable = max((int(row["tasks_counted"]) for row in rows if row["method"] == REFERENCE), default=0)
+    attainable = max((row.tasks_counted for row in rows if row.method == REFERENCE), default=0)
     for row in rows:
-        row["_comparable"] = 0 < attainable == row["tasks_counted"]
+        row.comparable = 0 < attainable == row.tasks_counted
 
-    def order(row: dict[str, Any]) -> tuple[Any, ...]:
-        mean = row["mean_relative"]
+    def order(row: SummaryRow) -> tuple[Any, ...]:
+        mean = row.mean_relative
         return (
-            row["method"] != REFERENCE,
-            *budget_order(row["budget"]),
-            not row["_comparable"],
+            row.method != REFERENCE,
+            *budget_order(row.budget),
+            not row.comparable,
             -mean if math.isfinite(mean) else math.inf,
-            row["label"],
+            row.label,
         )
 
-    rows = sorted(rows, key=order)
-    best: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        if row["method"] == REFERENCE or not row["_comparable"]:
+    ranked = sorted(rows, key=order)
+    best: dict[str, SummaryRow] = {}
+    for row in ranked:
+        if row.method == REFERENCE or not row.comparable:
             continue
-        if row["budget"] not in best:
-            best[row["budget"]] = row
-            row["best_of_budget"] = True
+        if row.budget not in best:
+            best[row.budget] = row
+            # alone in its budget it is best of nothing
+            row.best_of_budget = sum(other.budget == row.budget for other in rows) > 1
             continue
-        top = best[row["budget"]]
-        entries = own[row["backbone"], row["label"], row["budget"]]
-        leader = own[top["backbone"], top["label"], top["budget"]]
-        names = [
+        entries, leader = own[row.key], own[best[row.budget].key]
+        tasks = [
             task
             for task in sorted(full)
             if task in entries and task in leader and math.isfinite(stats.relative(full[task].score, full[task].score))
         ]
-        if (interval := _row_interval(entries, leader, full, names)) is not None:
-            row["distinguishable_from_best"] = _told_apart(interval)
-    for row in rows:
-        if row["best_of_budget"] and sum(other["budget"] == row["budget"] for other in rows if other is not row) == 0:
-            row["best_of_budget"] = False  # alone in its budget: nothing to be best of
-        del row["_comparable"]
-    return rows
+        if (interval := _row_interval(entries, leader, full, tasks)) is not None:
+            row.distinguishable_from_best = _told_apart(interval)
+    return ranked
 
 
-def _kind(method: str) -> str:
-    return "full" if method == REFERENCE else "control" if method in CONTROLS else "method"
-
-
-def _problems(backbone: str, own: Mapping[tuple[str, str, str], Mapping[str, Entry]]) -> list[str]:
+def _problems(backbone: str, own: Mapping[Key, Mapping[str, Entry]]) -> list[str]:
     lines, reasons = [], set()
     for (_, label, budget), row in own.items():
         for task, entry in row.items():
             for cell in entry.failed.itertuples():
-                reason = " ".join(str(cell.error).split())[:300]
+                reason = one_line(str(cell.error))
                 reasons.add(reason)
                 lines.append(f"failed: {backbone}, {label}, {budget_text(budget)}, {task}, seed {cell.seed}: {reason}")
     if len(lines) > 1 and len(reasons) == 1 and not any(len(e.done) for row in own.values() for e in row.values()):
@@ -302,7 +257,7 @@ def _problems(backbone: str, own: Mapping[tuple[str, str, str], Mapping[str, Ent
 
 
 def write(run_folder: str | Path) -> Leaderboard:
-    """Build the leaderboard of a run and write `leaderboard.{csv,md,tex,html}` into its folder.
+    """Build the leaderboard of a run and write it into its folder in every format of `RENDERERS`.
 
     Raises:
         InputError: no run there, no recorded cell in it, or the folder cannot be written to.
@@ -310,11 +265,6 @@ def write(run_folder: str | Path) -> Leaderboard:
     cells, samples = load_run(run_folder)
     run = Run.open(run_folder, create=True)
     board = build_leaderboard(cells, samples, run.environment())
-    for ending, text in (
-        ("csv", board.to_csv()),
-        ("md", board.to_markdown()),
-        ("tex", board.to_latex()),
-        ("html", board.to_html()),
-    ):
-        write_atomic(run.folder / f"leaderboard.{ending}", text)
+    for ending, render in RENDERERS.items():
+        write_atomic(run.folder / f"leaderboard.{ending}", render(board))
     return board

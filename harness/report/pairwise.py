@@ -22,7 +22,8 @@ from visionselector_eval.harness.report.comparison import (
     paired,
     prepared,
 )
-from visionselector_eval.harness.report.render import budget_text, titled
+from visionselector_eval.harness.report.render import budget_text
+from visionselector_eval.harness.report.rows import titled
 from visionselector_eval.harness.store.files import write_atomic
 from visionselector_eval.harness.store.run import Run, load_run
 

@@ -1,18 +1,19 @@
-"""A leaderboard as text: terminal, Markdown, LaTeX and HTML."""
+"""A leaderboard as text: one function a format, one row of `RENDERERS`; the terminal's table beside them."""
 
 from __future__ import annotations
 
-import html
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jinja2
 import pandas as pd
-from tabulate import tabulate
+from tabulate import SEPARATING_LINE, tabulate
 
 from visionselector_eval.baselines.contract.budget import Tokens, parse_budget
 from visionselector_eval.harness.report import stats
+from visionselector_eval.harness.report.rows import Leaderboard, SummaryRow, TaskRow
 
 MEANING = (
     "Relative %: 100 x score / score of the full model (every visual token kept) on the same backbone, "
@@ -36,148 +37,12 @@ _LEGEND = (
 )
 
 
-@dataclass(frozen=True)
-class Leaderboard:
-    """A leaderboard as tables and, by its methods, as text.
-
-    Attributes:
-        tidy: one row for each (backbone, label, budget, task), numbers; tasks without a result have status "missing".
-        summary: one row for each (backbone, label, budget), numbers, in the order shown.
-        display: the same rows as text, one column a task.
-        tasks: one row for each (backbone, task): metric, direction, largest score, documents.
-        notes: remarks on this run (failed cells, cells left out, ...), one line each.
-        environment: what the run ran on.
-        remarks: what is said beside a backbone's name ("LLM retrained"), for those that have such a remark.
-    """
-
-    tidy: pd.DataFrame
-    summary: pd.DataFrame
-    display: pd.DataFrame
-    tasks: pd.DataFrame
-    notes: tuple[str, ...] = ()
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    remarks: Mapping[str, str] = field(default_factory=dict)
-
-    def title(self, backbone: str) -> str:
-        """The heading of a backbone's table."""
-        return titled(backbone, self.remarks.get(backbone, ""))
-
-    def footer(self) -> list[str]:
-        """What stands below every rendering: meanings, remarks, environment."""
-        return [*_LEGEND, *self.notes, *_environment_lines(self.environment, self._date())]
-
-    def to_markdown(self) -> str:
-        """GitHub Markdown."""
-        parts = ["# Leaderboard", ""]
-        for backbone, table in self._by_backbone():
-            parts += [
-                f"## {_markdown(self.title(backbone))}",
-                "",
-                _github(table),
-                "",
-                _github(self._tasks_of(backbone)),
-                "",
-            ]
-        parts += [f"- {_markdown(line)}" for line in self.footer()]
-        return "\n".join(parts) + "\n"
-
-    def to_csv(self) -> str:
-        """Plain CSV: the numbers of `summary`, four columns a task, then the environment, the same in every row."""
-        return self._wide().to_csv(index=False, float_format="%.10g", lineterminator="\n")
-
-    def to_latex(self) -> str:
-        """A `table*` for each backbone (packages booktabs and graphicx), remarks as comments below."""
-        parts = ["% needs \\usepackage{booktabs,graphicx}"]
-        for backbone, table in self._by_backbone():
-            parts += [
-                "\\begin{table*}",
-                "\\centering",
-                f"\\caption{{{_tex(self.title(backbone))}: score (relative \\%). {_tex(MEANING)}}}",
-                "\\resizebox{\\textwidth}{!}{%",
-                "\\begin{tabular}{ll" + "r" * (len(table.columns) - 3) + "l}",
-                "\\toprule",
-                " & ".join(_tex(name) for name in table.columns) + " \\\\",
-            ]
-            previous = None
-            for row in table.itertuples(index=False):
-                if row[1] != previous:
-                    parts.append("\\midrule")
-                    previous = row[1]
-                parts.append(" & ".join(_tex(value) for value in row) + " \\\\")
-            parts += ["\\bottomrule", "\\end{tabular}}", "\\end{table*}"]
-        parts += [f"% {line}" for line in self.footer()]
-        return "\n".join(parts) + "\n"
-
-    def to_html(self) -> str:
-        """One page that needs no other file."""
-        body = []
-        for backbone, table in self._by_backbone():
-            body += [f"<h2>{html.escape(self.title(backbone))}</h2>", _html_table(table, "board")]
-            body += [_html_table(self._tasks_of(backbone), "tasks")]
-        notes = "\n".join(f"<li>{html.escape(line)}</li>" for line in self.footer())
-        return _PAGE.replace("@BODY@", "\n".join(body)).replace("@NOTES@", notes)
-
-    def to_terminal(self, width: int | None = None) -> str:
-        """A plain table; with `width`, task columns are spread over several tables where one would not fit."""
-        parts = []
-        for backbone, table in self._by_backbone():
-            parts += [self.title(backbone), "", *_terminal_tables(table, width), ""]
-        parts += [
-            "relative % to `full` in brackets; ≈: not distinguishable (95 % paired interval holds 0); "
-            "(k/n): mean over k of n benchmarks only",
-            *self.notes,
-        ]
-        return "\n".join(parts) + "\n"
-
-    def _date(self) -> str:
-        dates = sorted({str(value)[:10] for value in self.tidy["finished_at"] if value})
-        return "" if not dates else dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-
-    def _by_backbone(self) -> Iterable[tuple[str, pd.DataFrame]]:
-        for backbone in self.display["backbone"].unique():
-            table = self.display[self.display["backbone"] == backbone].drop(columns="backbone")
-            own = set(self.tasks.loc[self.tasks["backbone"] == backbone, "task"])
-            other = set(self.tasks["task"]) - own
-            yield backbone, table.drop(columns=[name for name in table.columns if name in other])
-
-    def _tasks_of(self, backbone: str) -> pd.DataFrame:
-        rows = self.tasks[self.tasks["backbone"] == backbone]
-        return pd.DataFrame(
-            {
-                "task": rows["task"],
-                "metric": rows["metric"],
-                "best is": ["high" if high else "low" for high in rows["higher_is_better"]],
-                "largest score": ["-" if math.isnan(scale) else f"{scale:g}" for scale in rows["scale"]],
-                "documents": [str(n) for n in rows["n_documents"]],
-                "interval from": [
-                    "the metric" if mean else "per-document scores (the metric is not their mean)"
-                    for mean in rows["mean_of_documents"]
-                ],
-            }
-        )
-
-    def _wide(self) -> pd.DataFrame:
-        keys = ["backbone", "label", "budget"]
-        wide = self.summary.copy()
-        wide.insert(1, "backbone_remark", [self.remarks.get(backbone, "") for backbone in wide["backbone"]])
-        for task in sorted(self.tasks["task"].unique()):
-            part = self.tidy[self.tidy["task"] == task].set_index(keys)
-            index = pd.MultiIndex.from_frame(wide[keys])
-            for source, suffix in (
-                ("score", ""),
-                ("relative", " relative %"),
-                ("spread", " sd"),
-                ("status", " status"),
-            ):
-                wide[f"{task}{suffix}"] = part[source].reindex(index).to_numpy()
-        wide["run_date"] = self._date()
-        wide["environment"] = "; ".join(_environment_lines(self.environment, ""))
-        return wide
+def footer(board: Leaderboard) -> list[str]:
+    """What stands below every rendering: meanings, remarks, environment."""
+    return [*_LEGEND, *board.notes, *_environment_lines(board.environment, board.date)]
 
 
-def titled(backbone: str, remark: str) -> str:
-    """A backbone as headings name it."""
-    return f"{backbone} ({remark})" if remark else backbone
+# A row's text --------------------------------------------------------------------------------------------------------
 
 
 def budget_text(text: str) -> str:
@@ -192,84 +57,114 @@ def _number(value: float, scale: float) -> str:
     return f"{value:.{4 if scale <= 1 else 2 if scale <= 100 else 1}f}"
 
 
-def _score_text(line: Mapping[str, Any], scale: float) -> str:
-    if line["status"] == "missing":
-        return "-"
-    if line["status"] == "failed":
-        return "failed"
-    if not math.isfinite(line["score"]):
-        return "needs submission" if line["needs_submission"] else "n/a"
-    text = _number(line["score"], scale)
-    if math.isfinite(line["spread"]):
-        text += f" ±{_number(line['spread'], scale)}"
-    if line["kind"] != "full":
-        text += f" ({line['relative']:.1f}%)" if math.isfinite(line["relative"]) else " (-)"
-    if line["distinguishable"] is False:
+def _score_text(row: TaskRow, scale: float, *, full: bool) -> str:
+    if row.status in ("missing", "failed"):
+        return "-" if row.status == "missing" else "failed"
+    if not math.isfinite(row.score):
+        return "needs submission" if row.needs_submission else "n/a"
+    text = _number(row.score, scale)
+    if math.isfinite(row.spread):
+        text += f" ±{_number(row.spread, scale)}"
+    if not full:
+        text += f" ({row.relative:.1f}%)" if math.isfinite(row.relative) else " (-)"
+    if row.distinguishable is False:
         text += " ≈"
-    if line["status"] == "partial":
-        text += f" {line['seeds']}/{line['seeds_expected']} seeds"
+    if row.status == "partial":
+        text += f" {row.seeds}/{row.seeds_expected} seeds"
     return text
 
 
-def _remark(row: Mapping[str, Any]) -> str:
-    parts = []
-    if row["kind"] == "control":
-        parts.append("control")
-    if row["best_of_budget"]:
-        parts.append("best")
-    if row["distinguishable_from_full"] is False:
-        parts.append("not distinguishable from full")
-    if row["distinguishable_from_best"] is False:
-        parts.append("not distinguishable from best")
-    return "; ".join(parts)
+def _remark(row: SummaryRow) -> str:
+    parts = {
+        "control": row.kind == "control",
+        "best": row.best_of_budget,
+        "not distinguishable from full": row.distinguishable_from_full is False,
+        "not distinguishable from best": row.distinguishable_from_best is False,
+    }
+    return "; ".join(part for part, holds in parts.items() if holds)
 
 
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
-
-
-def _kept_text(row: Mapping[str, Any]) -> str:
+def _kept_text(row: SummaryRow) -> str:
     """Kept tokens; where tokens are dropped inside the LLM the average over layers, since equal K is not equal cost."""
-    if not math.isfinite(row["kept_tokens"]):
+    if not math.isfinite(row.kept_tokens):
         return "-"
-    text = f"{row['kept_tokens']:.1f}"
-    if math.isfinite(row["layer_tokens"]) and abs(row["layer_tokens"] - row["kept_tokens"]) > 0.05:
-        text += f" ({row['layer_tokens']:.1f} a layer)"
+    text = f"{row.kept_tokens:.1f}"
+    if math.isfinite(row.layer_tokens) and abs(row.layer_tokens - row.kept_tokens) > 0.05:
+        text += f" ({row.layer_tokens:.1f} a layer)"
     return text
 
 
-def _interval_text(row: Mapping[str, Any]) -> str:
-    if math.isfinite(row["low"]):
-        return f"[{row['low']:+.1f}, {row['high']:+.1f}]"
-    return str(row["interval_note"]) or "-"
+def _interval_text(row: SummaryRow) -> str:
+    if math.isfinite(row.low):
+        return f"[{row.low:+.1f}, {row.high:+.1f}]"
+    return row.interval_note or "-"
 
 
-def display_rows(summary: pd.DataFrame, tidy: pd.DataFrame, tasks: pd.DataFrame) -> pd.DataFrame:
-    scales = {(row["backbone"], row["task"]): float(row["scale"]) for row in _records(tasks)}
-    lines = {(line["backbone"], line["label"], line["budget"], line["task"]): line for line in _records(tidy)}
-    names = sorted(set(tasks["task"])) if len(tasks) else []
-    rows = []
-    for row in _records(summary):
-        mean = f"{row['mean_relative']:.1f}" if math.isfinite(row["mean_relative"]) else "-"
-        if not row["complete"]:
-            mean += f" ({row['tasks_counted']}/{row['tasks']})"
-        shown: dict[Any, str] = {
-            "backbone": row["backbone"],
-            "method": row["label"],
-            "budget": "-" if row["kind"] == "full" else budget_text(row["budget"]),
-        }
-        for task in names:
-            line = lines.get((row["backbone"], row["label"], row["budget"], task))
-            shown[task] = "-" if line is None else _score_text(line, scales[row["backbone"], task])
-        shown |= {
-            "mean rel. %": mean,
-            "95 % vs full": _interval_text(row),
-            "kept tokens": _kept_text(row),
-            "kept": f"{100 * row['share_kept']:.1f}%" if math.isfinite(row["share_kept"]) else "-",
-            "remark": _remark(row),
-        }
-        rows.append(shown)
-    return pd.DataFrame(rows)
+def _mean_text(row: SummaryRow) -> str:
+    mean = f"{row.mean_relative:.1f}" if math.isfinite(row.mean_relative) else "-"
+    return mean if row.complete else f"{mean} ({row.tasks_counted}/{row.tasks})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table as text.
+
+    Attributes:
+        head: the columns' names.
+        rows: their cells.
+        groups: what each row belongs to; a new one is set apart.
+    """
+
+    head: list[str]
+    rows: list[list[str]]
+    groups: list[str]
+
+
+def main_table(board: Leaderboard, backbone: str) -> Table:
+    """The table of a backbone: one row a method and budget, one column a task."""
+    tasks = board.tasks_of(backbone)
+    rows = [row for row in board.summary if row.backbone == backbone]
+    budgets = ["-" if row.kind == "full" else budget_text(row.budget) for row in rows]
+    return Table(
+        ["method", "budget", *(task.task for task in tasks), *_LAST],
+        [
+            [
+                row.label,
+                budget,
+                *(_score_text(row.by_task[task.task], task.scale, full=row.kind == "full") for task in tasks),
+                _mean_text(row),
+                _interval_text(row),
+                _kept_text(row),
+                f"{100 * row.share_kept:.1f}%" if math.isfinite(row.share_kept) else "-",
+                _remark(row),
+            ]
+            for row, budget in zip(rows, budgets, strict=True)
+        ],
+        budgets,
+    )
+
+
+_LAST = ("mean rel. %", "95 % vs full", "kept tokens", "kept", "remark")
+
+
+def _tasks_table(board: Leaderboard, backbone: str) -> Table:
+    tasks = board.tasks_of(backbone)
+    from_documents = "per-document scores (the metric is not their mean)"
+    return Table(
+        ["task", "metric", "best is", "largest score", "documents", "interval from"],
+        [
+            [
+                task.task,
+                task.metric,
+                "high" if task.higher_is_better else "low",
+                "-" if math.isnan(task.scale) else f"{task.scale:g}",
+                str(task.n_documents),
+                "the metric" if task.mean_of_documents else from_documents,
+            ]
+            for task in tasks
+        ],
+        [""] * len(tasks),
+    )
 
 
 def _environment_lines(environment: Mapping[str, Any], date: str) -> list[str]:
@@ -299,39 +194,129 @@ def _environment_lines(environment: Mapping[str, Any], date: str) -> list[str]:
     return lines
 
 
+# Formats -------------------------------------------------------------------------------------------------------------
+
+
+def markdown(board: Leaderboard) -> str:
+    """GitHub Markdown."""
+    parts = ["# Leaderboard", ""]
+    for backbone in board.backbones:
+        tables = (main_table(board, backbone), _tasks_table(board, backbone))
+        parts += [f"## {_markdown(board.title(backbone))}", ""]
+        parts += [line for table in tables for line in (_github(table), "")]
+    parts += [f"- {_markdown(line)}" for line in footer(board)]
+    return "\n".join(parts) + "\n"
+
+
+def csv(board: Leaderboard) -> str:
+    """Plain CSV: the numbers of each row, four columns a task, then the environment, the same in every row."""
+    lines = []
+    for row in board.summary:
+        line: dict[str, Any] = {
+            "backbone": row.backbone,
+            "backbone_remark": board.remarks.get(row.backbone, ""),
+            **{name: getattr(row, name) for name in _CSV_COLUMNS},
+        }
+        for task in sorted({task.task for task in board.tasks}):
+            part = row.by_task.get(task)
+            line[task] = part.score if part else None
+            line[f"{task} relative %"] = part.relative if part else None
+            line[f"{task} sd"] = part.spread if part else None
+            line[f"{task} status"] = part.status if part else None
+        environment = "; ".join(_environment_lines(board.environment, ""))
+        lines.append({**line, "run_date": board.date, "environment": environment})
+    return pd.DataFrame(lines).to_csv(index=False, float_format="%.10g", lineterminator="\n")
+
+
+_CSV_COLUMNS = (
+    "label", "budget", "method", "kind", "options", "seeds", "mean_relative", "tasks_counted", "tasks", "complete",
+    "low", "high", "distinguishable_from_full", "best_of_budget", "distinguishable_from_best", "interval_note",
+    "kept_tokens", "total_tokens", "layer_tokens", "share_kept", "failed_tasks",
+)  # fmt: skip
+
+
+def latex(board: Leaderboard) -> str:
+    """A `table*` for each backbone (packages booktabs and graphicx), remarks as comments below."""
+    parts = ["% needs \\usepackage{booktabs,graphicx}"]
+    for backbone in board.backbones:
+        table = main_table(board, backbone)
+        rows: list[Any] = []
+        for number, (row, group) in enumerate(zip(table.rows, table.groups, strict=True)):
+            rows += [SEPARATING_LINE] if number and group != table.groups[number - 1] else []
+            rows.append(row)
+        align = _align(table)
+        drawn = tabulate(rows, table.head, tablefmt="latex_booktabs", disable_numparse=True, colalign=align)
+        parts += [
+            "\\begin{table*}",
+            "\\centering",
+            f"\\caption{{{_tex(board.title(backbone))}: score (relative \\%). {_tex(MEANING)}}}",
+            "\\resizebox{\\textwidth}{!}{%",
+            f"{_tex_signs(drawn)}}}",
+            "\\end{table*}",
+        ]
+    parts += [f"% {line}" for line in footer(board)]
+    return "\n".join(parts) + "\n"
+
+
+def html(board: Leaderboard) -> str:
+    """One page that needs no other file."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    tables = [
+        (board.title(backbone), [("board", main_table(board, backbone)), ("tasks", _tasks_table(board, backbone))])
+        for backbone in board.backbones
+    ]
+    return environment.from_string(_PAGE).render(tables=tables, notes=footer(board))
+
+
+RENDERERS: dict[str, Callable[[Leaderboard], str]] = {"csv": csv, "md": markdown, "tex": latex, "html": html}
+"""The formats that a run's leaderboard is written in, by the ending of their files."""
+
+
+def terminal(board: Leaderboard, width: int | None = None) -> str:
+    """A plain table; with `width`, task columns are spread over several tables where one would not fit."""
+    parts = []
+    for backbone in board.backbones:
+        parts += [board.title(backbone), "", *_terminal_tables(main_table(board, backbone), width), ""]
+    parts += [
+        "relative % to `full` in brackets; ≈: not distinguishable (95 % paired interval holds 0); "
+        "(k/n): mean over k of n benchmarks only",
+        *board.notes,
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _align(table: Table) -> list[str]:
+    left = ("method", "remark", "task", "metric", "best is", "interval from")
+    return ["left" if name in left else "right" for name in table.head]
+
+
 def _markdown(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
-def _github(table: pd.DataFrame) -> str:
-    right = [name not in ("method", "remark", "task", "metric", "best is", "interval from") for name in table.columns]
-    return tabulate(
-        [[_markdown(str(value)) for value in row] for row in table.itertuples(index=False)],
-        headers=[_markdown(str(name)) for name in table.columns],
-        tablefmt="github",
-        disable_numparse=True,
-        colalign=["right" if flag else "left" for flag in right] if len(table) else None,
-    )
+def _github(table: Table) -> str:
+    rows = [[_markdown(cell) for cell in row] for row in table.rows]
+    head = [_markdown(name) for name in table.head]
+    align = _align(table) if rows else None
+    return tabulate(rows, head, tablefmt="github", disable_numparse=True, colalign=align)
 
 
-def _terminal_tables(table: pd.DataFrame, width: int | None) -> list[str]:
+def _terminal_tables(table: Table, width: int | None) -> list[str]:
     fixed = ["method", "budget"]
-    last = ["mean rel. %", "95 % vs full", "kept tokens", "kept", "remark"]
-    tasks = [name for name in table.columns if name not in fixed and name not in last]
 
     def draw(names: Sequence[str]) -> str:
-        columns = [*fixed, *names]
-        body = [[_stacked(str(row[name])) for name in columns] for row in table.to_dict("records")]
-        align = ["left" if name in ("method", "remark") else "right" for name in columns]
+        columns = [table.head.index(name) for name in (*fixed, *names)]
+        body = [[_stacked(row[column]) for column in columns] for row in table.rows]
+        align = ["left" if table.head[column] in ("method", "remark") else "right" for column in columns]
         # a header breaks at underscores and spaces, so that its column is no wider than its numbers
-        head = [name if name in fixed else _wrapped(name) for name in columns]
+        head = [*fixed, *(_wrapped(name) for name in names)]
         return tabulate(body, head, tablefmt="simple", disable_numparse=True, colalign=align if body else None)
 
     def too_wide(text: str) -> bool:
         return width is not None and max(len(line) for line in text.split("\n")) > width
 
     blocks: list[list[str]] = [[]]
-    for name in [*tasks, *last]:
+    for name in table.head[len(fixed) :]:
         if blocks[-1] and too_wide(draw([*blocks[-1], name])):
             blocks.append([])
         blocks[-1].append(name)
@@ -353,38 +338,14 @@ def _wrapped(name: str) -> str:
     return "\n".join(lines)
 
 
-_TEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "≈": r"$\approx$",
-    "±": r"$\pm$",
-}
+def _tex(text: str) -> str:
+    """Text escaped for LaTeX, as a cell of tabulate's tables is."""
+    cell = tabulate([[" ".join(text.split())]], tablefmt="latex_booktabs", disable_numparse=True).splitlines()[2]
+    return _tex_signs(cell.removesuffix("\\\\").strip())
 
 
-def _tex(value: Any) -> str:
-    return "".join(_TEX.get(character, character) for character in str(value))
-
-
-def _html_table(table: pd.DataFrame, kind: str) -> str:
-    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in table.columns)
-    rows = []
-    previous = None
-    for row in table.itertuples(index=False):
-        new = kind == "board" and previous is not None and row[1] != previous
-        previous = row[1]
-        cells = "".join(f"<td>{html.escape(str(value))}</td>" for value in row)
-        rows.append(f'<tr class="group">{cells}</tr>' if new else f"<tr>{cells}</tr>")
-    return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>\n' + "\n".join(rows) + "\n</tbody></table>"
+def _tex_signs(text: str) -> str:
+    return text.replace("≈", "$\\approx$").replace("±", "$\\pm$")
 
 
 _PAGE = """<!doctype html>
@@ -404,9 +365,22 @@ table.tasks td { text-align: left }
 li { max-width: 60em; color: #444 }
 </style></head><body>
 <h1>Leaderboard</h1>
-@BODY@
+{% for title, parts in tables %}
+<h2>{{ title }}</h2>
+{% for kind, table in parts %}
+<table class="{{ kind }}"><thead><tr>
+{%- for name in table.head %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in table.rows %}
+{% set new = loop.index0 and table.groups[loop.index0] != table.groups[loop.index0 - 1] %}
+<tr{% if new %} class="group"{% endif %}>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table>
+{% endfor %}
+{% endfor %}
 <ul>
-@NOTES@
+{% for note in notes %}
+<li>{{ note }}</li>
+{% endfor %}
 </ul>
 </body></html>
 """

@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from statistics import NormalDist
 
 import numpy as np
+from scipy.special import stdtrit
 
 MINIMUM_UNITS = 8
 """Fewest independent documents, or clusters of them, from which tables show an interval: below it the t quantile
@@ -163,61 +162,8 @@ def _interval(mean: float, se: float, units: int, df: float, level: float) -> In
     return Interval(mean, mean - half, mean + half, se, units, df)
 
 
-@lru_cache(maxsize=4096)
 def t_quantile(p: float, df: float) -> float:
-    """The p-quantile of Student's t, 0.5 <= p < 1, for any df > 0; relative error below 1e-9.
-
-    By bisection on the distribution function, so that no SciPy is needed for one number.
-    """
+    """The p-quantile of Student's t, 0.5 <= p < 1, for any df > 0."""
     if not 0.5 <= p < 1 or not df > 0:
         raise ValueError(f"p in [0.5, 1) and df > 0 are needed: {p}, {df}")
-    if p == 0.5:
-        return 0.0
-    if df > 1e4:
-        # Cornish-Fisher around the normal quantile, error O(df^-3); lgamma below would lose digits
-        z = NormalDist().inv_cdf(p)
-        return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df * df)
-    low, high = 0.0, 1.0
-    while _upper_tail(high, df) > 1 - p:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        if _upper_tail(middle, df) > 1 - p:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
-
-
-def _upper_tail(t: float, df: float) -> float:
-    """P(T > t), t >= 0: half the regularised incomplete beta function I_x(df/2, 1/2), x = df / (df + t^2)."""
-    if t == 0:
-        return 0.5
-    x, rest = df / (df + t * t), t * t / (df + t * t)
-    a, b = df / 2, 0.5
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(rest)
-    if x < (a + 1) / (a + b + 2):  # the continued fraction converges fast on this side, the mirrored one on the other
-        return 0.5 * math.exp(log_front) * _beta_fraction(a, b, x) / a
-    return 0.5 * (1 - math.exp(log_front) * _beta_fraction(b, a, rest) / b)
-
-
-def _beta_fraction(a: float, b: float, x: float) -> float:
-    """Continued fraction of the incomplete beta function, by Lentz's method."""
-    tiny = 1e-300
-    c, d = 1.0, 1 - (a + b) * x / (a + 1)
-    d = 1 / (d if abs(d) > tiny else tiny)
-    value = d
-    for m in range(1, 500):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (even, odd):
-            d = 1 + term * d
-            d = 1 / (d if abs(d) > tiny else tiny)
-            c = 1 + term / c
-            c = c if abs(c) > tiny else tiny
-            value *= c * d
-        if abs(c * d - 1) < 1e-15:
-            break
-    return value
+    return float(stdtrit(df, p))

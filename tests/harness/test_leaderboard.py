@@ -18,7 +18,8 @@ from visionselector_eval.baselines import InputError
 from visionselector_eval.harness.report import stats
 from visionselector_eval.harness.report.leaderboard import build_leaderboard, write
 from visionselector_eval.harness.report.pairwise import MEAN, _cell, against
-from visionselector_eval.harness.report.render import Leaderboard
+from visionselector_eval.harness.report.render import csv, html, latex, main_table, markdown, terminal
+from visionselector_eval.harness.report.rows import Leaderboard
 from visionselector_eval.harness.store.files import digest_of
 from visionselector_eval.harness.store.record import CellRecord
 from visionselector_eval.harness.store.run import Run
@@ -94,14 +95,29 @@ def grid() -> Table:
     return table
 
 
-def row(board: Leaderboard, label: str, budget: str) -> pd.Series:
-    found = board.summary[(board.summary["label"] == label) & (board.summary["budget"] == budget)]
-    assert len(found) == 1
-    return found.iloc[0]
+def summary(board: Leaderboard) -> pd.DataFrame:
+    derived = ("kind", "complete", "share_kept")
+    return pd.DataFrame([{**vars(row), **{name: getattr(row, name) for name in derived}} for row in board.summary])
+
+
+def tidy(board: Leaderboard) -> pd.DataFrame:
+    return pd.DataFrame([vars(line) for row in board.summary for line in row.by_task.values()])
+
+
+def display(board: Leaderboard) -> pd.DataFrame:
+    tables = {backbone: main_table(board, backbone) for backbone in board.backbones}
+    frames = [pd.DataFrame(table.rows, columns=table.head).assign(backbone=name) for name, table in tables.items()]
+    return pd.concat(frames, ignore_index=True)
+
+
+def row(board: Leaderboard, label: str, budget: str) -> Any:
+    (found,) = [row for row in board.summary if (row.label, row.budget) == (label, budget)]
+    return {**vars(found), **{name: getattr(found, name) for name in ("kind", "complete", "share_kept")}}
 
 
 def shown(board: Leaderboard, label: str, budget: str) -> pd.Series:
-    found = board.display[(board.display["method"] == label) & (board.display["budget"] == budget)]
+    table = display(board)
+    found = table[(table["method"] == label) & (table["budget"] == budget)]
     assert len(found) == 1
     return found.iloc[0]
 
@@ -111,11 +127,11 @@ def shown(board: Leaderboard, label: str, budget: str) -> pd.Series:
 
 def test_rows_are_grouped_and_sorted() -> None:
     board = grid().board()
-    assert list(zip(board.summary["label"], board.summary["budget"], strict=True)) == [
+    assert list(zip(summary(board)["label"], summary(board)["budget"], strict=True)) == [
         ("full", "1"),
         *((label, budget) for budget in ("0.3", "0.1", "64tok") for label in ("good", "random", "bad")),
     ]
-    assert board.display["budget"].tolist()[:2] == ["-", "30%"]
+    assert display(board)["budget"].tolist()[:2] == ["-", "30%"]
     assert shown(board, "random", "30%")["remark"].startswith("control")
 
 
@@ -134,12 +150,12 @@ def test_relative_and_its_mean() -> None:
     line = shown(board, "good", "10%")
     assert line["mme"] == "1200.0 (80.0%) ≈"
     assert line["chartqa"] == "0.6500 (86.7%) ≈"
-    assert "per-document scores" in board.to_markdown()
+    assert "per-document scores" in markdown(board)
 
 
 def test_intervals_are_paired_over_the_same_documents() -> None:
     board = grid().board()
-    line = board.tidy[(board.tidy["label"] == "random") & (board.tidy["budget"] == "0.3")].iloc[0]
+    line = tidy(board)[(tidy(board)["label"] == "random") & (tidy(board)["budget"] == "0.3")].iloc[0]
     interval = stats.paired_difference(flipped(5), RIGHT)
     assert (line["difference"], line["low"], line["high"]) == (interval.difference, interval.low, interval.high)
     assert line["distinguishable"] is True
@@ -192,17 +208,17 @@ def test_too_few_documents_have_no_interval_anywhere(documents: int, videos: int
     text = shown(board, "bad", "10%")["95 % vs full"]
     assert (text == "too few documents") is not enough
     assert ("too few documents" in row(board, "bad", "0.1")["interval_note"]) is not enough
-    line = board.tidy[(board.tidy["label"] == "bad") & (board.tidy["task"] == "few")].iloc[0]
+    line = tidy(board)[(tidy(board)["label"] == "bad") & (tidy(board)["task"] == "few")].iloc[0]
     assert math.isnan(line["low"]) is not enough
     assert (line["distinguishable"] is None) is not enough
     assert (row(board, "bad", "0.1")["distinguishable_from_best"] is None) is not enough
     assert line["difference"] == pytest.approx(-1 / documents)
-    renderings = (board.to_markdown(), board.to_html(), board.to_latex(), board.to_terminal(), board.to_terminal(60))
+    renderings = (markdown(board), html(board), latex(board), terminal(board), terminal(board, 60))
     for rendering in renderings:
         table_alone = rendering.partition("\n- Relative")[0].partition("<ul>")[0].partition("\n% Relative")[0]
         assert ("too few" in table_alone) is not enough
-    csv = pd.read_csv(io.StringIO(board.to_csv())).set_index("label")
-    assert math.isnan(csv.loc["bad", "low"]) is not enough
+    written = pd.read_csv(io.StringIO(csv(board))).set_index("label")
+    assert math.isnan(written.loc["bad", "low"]) is not enough
     found = differences(table, "good")
     for task in ("few", MEAN):
         held = found["tiny", "bad", "0.1", task]
@@ -263,7 +279,9 @@ def test_missing_and_failed_tasks_mark_the_mean() -> None:
         assert not row(board, label, "0.1")["best_of_budget"]
     # an incomplete mean of 100 stands below complete ones of its budget and is not compared with their best
     order = [
-        label for label, budget in zip(board.summary["label"], board.summary["budget"], strict=True) if budget == "0.1"
+        label
+        for label, budget in zip(summary(board)["label"], summary(board)["budget"], strict=True)
+        if budget == "0.1"
     ]
     assert order == ["good", "random", "bad", "half", "late"]
     assert row(board, "late", "0.1")["distinguishable_from_best"] is None
@@ -274,7 +292,7 @@ def test_a_failed_seed_is_shown() -> None:
     table = grid().add("good", "0.1", "chartqa", [], seed=1, status="failed", error="boom")
     board = table.board()
     assert shown(board, "good", "10%")["chartqa"].endswith("1/2 seeds")
-    assert "boom" in board.to_terminal()
+    assert "boom" in terminal(board)
 
 
 def test_full_of_zero_leaves_relative_open_for_all_alike() -> None:
@@ -317,7 +335,7 @@ def test_other_documents_metrics_or_settings_are_not_compared(changes: dict[str,
     table = Table().add("full", "1", "chartqa", RIGHT, context="a")
     table.add("good", "0.1", "chartqa", **{"scores": RIGHT, **changes})
     board = table.board()
-    line = board.tidy[board.tidy["label"] == "good"].iloc[0]
+    line = tidy(board)[tidy(board)["label"] == "good"].iloc[0]
     assert why in line["note"]
     assert math.isnan(line["relative"])
     assert line["distinguishable"] is None
@@ -327,10 +345,10 @@ def test_another_backbone_is_another_table() -> None:
     table = grid()
     table.add("full", "1", "chartqa", [1.0] * 20, backbone="other").add("good", "0.1", "pope", RIGHT, backbone="other")
     board = table.board()
-    text = board.to_markdown()
+    text = markdown(board)
     assert text.index("## other") < text.index("## tiny")
     assert "pope" not in text[text.index("## tiny") : text.index("- Relative")]
-    other = board.tidy[(board.tidy["backbone"] == "other") & (board.tidy["label"] == "good")]
+    other = tidy(board)[(tidy(board)["backbone"] == "other") & (tidy(board)["label"] == "good")]
     assert other.set_index("task")["note"]["pope"] == "no full row"
 
 
@@ -342,7 +360,7 @@ def test_each_backbone_has_its_own_full_row_and_its_own_best() -> None:
         for label, worse in (("good", 3), ("bad", 9)):
             table.add(label, "0.1", "chartqa", flipped(worse, scores), backbone=backbone)
     board = table.board()
-    rows = board.summary.set_index(["backbone", "label"])
+    rows = summary(board).set_index(["backbone", "label"])
     assert rows["mean_relative"].to_dict() == {
         ("a/strong", "full"): 100,
         ("a/strong", "good"): pytest.approx(85),
@@ -362,13 +380,13 @@ def test_tasks_of_one_backbone_alone_are_columns_of_its_table_alone() -> None:
             table.add("full", "1", task, RIGHT, backbone=backbone)
             table.add("good", "0.1", task, flipped(3), backbone=backbone)
     board = table.board()
-    headers = [line for line in board.to_markdown().splitlines() if line.startswith("| method")]
+    headers = [line for line in markdown(board).splitlines() if line.startswith("| method")]
     assert [[part.strip() for part in line.split("|")][3:5] for line in headers] == [
         ["chartqa", "pope"],
         ["ai2d", "pope"],
     ]
-    assert board.summary["complete"].all(), "a task that only the other backbone has is not missing"
-    assert "-" not in board.display[board.display["backbone"] == "b"][["ai2d", "pope"]].to_numpy()
+    assert summary(board)["complete"].all(), "a task that only the other backbone has is not missing"
+    assert "-" not in display(board)[display(board)["backbone"] == "b"][["ai2d", "pope"]].to_numpy()
 
 
 def test_options_that_differ_between_backbones_are_no_two_methods() -> None:
@@ -378,7 +396,7 @@ def test_options_that_differ_between_backbones_are_no_two_methods() -> None:
         table.add("full", "1", "chartqa", RIGHT, backbone=backbone)
         table.add("good", "0.1", "chartqa", RIGHT, backbone=backbone, options=json.dumps({"scorer": weights}))
     table.add("good", "0.1", "chartqa", flipped(2), backbone="b", options=json.dumps({"scorer": "other"}))
-    rows = table.board().summary
+    rows = summary(table.board())
     assert rows[rows["backbone"] == "a"]["label"].tolist() == ["full", "good"]
     assert set(rows[rows["backbone"] == "b"]["label"]) == {"full", "good (scorer=scorer-3b)", "good (scorer=other)"}
 
@@ -391,16 +409,16 @@ def test_the_remark_of_a_backbone_is_in_every_heading() -> None:
     table.add("good", "0.1", "chartqa", [], backbone="stf_7b", status="failed", error="x")  # before it was loaded
     board = table.board()
     assert board.remarks == {"stf_7b": remark}
-    assert "## stf_7b (trained fusion, LLM retrained & &lt;more>)\n" in board.to_markdown()
-    assert "<h2>stf_7b (trained fusion, LLM retrained &amp; &lt;more&gt;)</h2>" in board.to_html()
-    assert (
-        r"\caption{stf\_7b (trained fusion, LLM retrained \& \textless{}more\textgreater{}): score" in board.to_latex()
+    assert "## stf_7b (trained fusion, LLM retrained & &lt;more>)\n" in markdown(board)
+    assert "<h2>stf_7b (trained fusion, LLM retrained &amp; &lt;more&gt;)</h2>" in html(board)
+    assert r"\caption{stf\_7b (trained fusion, LLM retrained \& \ensuremath{<}more\ensuremath{>}): score" in latex(
+        board
     )
-    assert f"stf_7b ({remark})\n" in board.to_terminal()
-    assert "## tiny\n" in board.to_markdown()
-    frame = pd.read_csv(io.StringIO(board.to_csv()), keep_default_na=False).groupby("backbone")["backbone_remark"]
+    assert f"stf_7b ({remark})\n" in terminal(board)
+    assert "## tiny\n" in markdown(board)
+    frame = pd.read_csv(io.StringIO(csv(board)), keep_default_na=False).groupby("backbone")["backbone_remark"]
     assert frame.unique().map(list).to_dict() == {"stf_7b": [remark], "tiny": [""]}
-    assert set(board.summary["backbone"]) == {"stf_7b", "tiny"}, "the remark is no part of the name"
+    assert set(summary(board)["backbone"]) == {"stf_7b", "tiny"}, "the remark is no part of the name"
 
 
 def test_a_backbone_that_failed_as_a_whole_is_one_note() -> None:
@@ -410,7 +428,7 @@ def test_a_backbone_that_failed_as_a_whole_is_one_note() -> None:
     board = table.board()
     notes = [note for note in board.notes if "broken" in note]
     assert notes == ["failed: broken, all 3 cells: incomplete weights"]
-    rows = board.display[board.display["backbone"] == "broken"]
+    rows = display(board)[display(board)["backbone"] == "broken"]
     assert rows["chartqa"].tolist() == ["failed"] * 3
     assert row(board, "good", "0.3")["complete"], "the other backbone's rows are as they were"
 
@@ -428,14 +446,14 @@ def test_two_revisions_are_two_backbones() -> None:
         table.add("full", "1", "chartqa", flipped(worse), revision=revision)
         table.add("good", "0.1", "chartqa", flipped(worse), revision=revision)
     board = table.board()
-    assert set(board.summary["backbone"]) == {"tiny @ aaa", "tiny @ bbb"}
-    assert board.summary["mean_relative"].tolist() == [100] * 4
+    assert set(summary(board)["backbone"]) == {"tiny @ aaa", "tiny @ bbb"}
+    assert summary(board)["mean_relative"].tolist() == [100] * 4
 
 
 def test_one_label_for_two_options_is_told_apart() -> None:
     table = Table().add("full", "1", "chartqa", RIGHT).add("good", "0.1", "chartqa", RIGHT)
     table.add("good", "0.1", "chartqa", flipped(5), options='{"upstream_exact":true}')
-    labels = set(table.board().summary["label"])
+    labels = set(summary(table.board())["label"])
     assert labels == {"full", "good (upstream_exact=True)", "good (upstream_exact=False)"}
 
 
@@ -462,7 +480,7 @@ def test_a_score_of_unknown_scale() -> None:
     table = Table().add("full", "1", "x", RIGHT, scale=None, score=123.456789)
     board = build_leaderboard(pd.DataFrame(table.cells), pd.DataFrame(table.samples))
     assert shown(board, "full", "-")["x"] == "123.46"
-    assert board.tasks["scale"].isna().all()
+    assert all(math.isnan(task.scale) for task in board.tasks)
 
 
 def test_without_samples_there_are_scores_but_no_intervals() -> None:
@@ -473,7 +491,7 @@ def test_without_samples_there_are_scores_but_no_intervals() -> None:
     assert math.isnan(good["low"])
     assert good["distinguishable_from_full"] is None
     bare = pd.DataFrame({"backbone": ["m"], "method": ["full"], "budget": [1.0], "task": ["t"], "score": [0.5]})
-    assert "0.5000" in build_leaderboard(bare, pd.DataFrame()).to_terminal()
+    assert "0.5000" in terminal(build_leaderboard(bare, pd.DataFrame()))
 
 
 # ---------------------------------------------------------------- renderings
@@ -505,7 +523,7 @@ def awkward() -> Leaderboard:
 
 
 def test_markdown_is_one_table_with_escaped_text() -> None:
-    lines = awkward().to_markdown().splitlines()
+    lines = markdown(awkward()).splitlines()
     board = lines[lines.index("## tiny") + 2 :]
     board = board[: board.index("")]
     assert len(board) == 2 + 11
@@ -515,8 +533,8 @@ def test_markdown_is_one_table_with_escaped_text() -> None:
 
 def test_csv_is_plain() -> None:
     board = awkward()
-    frame = pd.read_csv(io.StringIO(board.to_csv()))
-    assert frame["label"].tolist() == board.summary["label"].tolist()
+    frame = pd.read_csv(io.StringIO(csv(board)))
+    assert frame["label"].tolist() == summary(board)["label"].tolist()
     assert frame["chartqa"].iloc[0] == 0.75
     assert frame["chartqa relative %"].iloc[0] == 100
     assert frame["environment"].str.contains("torch 2.11").all()
@@ -524,7 +542,7 @@ def test_csv_is_plain() -> None:
 
 
 def test_html_is_self_contained_and_balanced() -> None:
-    page = awkward().to_html()
+    page = html(awkward())
     parser = _Balanced()
     parser.feed(page)
     assert parser.open == []
@@ -533,13 +551,13 @@ def test_html_is_self_contained_and_balanced() -> None:
 
 
 def test_latex_escapes_and_has_even_rows() -> None:
-    text = awkward().to_latex()
+    text = latex(awkward())
     rows = [line for line in text.splitlines() if line.endswith("\\\\")]
     assert len(rows) == 1 + 11
     assert len({len(re.findall(r"(?<!\\)&", line)) for line in rows}) == 1
     body = [line for line in text.splitlines() if not line.startswith("%")]
     assert not any(re.search(r"(?<!\\)[_#]", line) for line in body)
-    assert r"a|b\_c \textless{}i\textgreater{}\&\#36;\{x\}\% \textbackslash{} @BODY@" in text
+    assert r"a|b\_c \ensuremath{<}i\ensuremath{>}\&\#36;\{x\}\% \textbackslash{} @BODY@" in text
 
 
 def test_terminal_fits_a_width() -> None:
@@ -548,16 +566,16 @@ def test_terminal_fits_a_width() -> None:
         for label, budget in (("full", "1"), ("good", "0.1")):
             table.add(label, budget, f"a_rather_long_task_name_{number}", RIGHT)
     board = table.board()
-    narrow = board.to_terminal(100)
+    narrow = terminal(board, 100)
     tables = narrow[: narrow.index("relative % to")]
     assert max(len(line) for line in tables.splitlines()) <= 100
     assert narrow.count("method ") > 1
-    assert max(len(line) for line in board.to_terminal().splitlines()) > 100
+    assert max(len(line) for line in terminal(board).splitlines()) > 100
 
 
 def test_every_rendering_names_environment_and_meaning() -> None:
     board = grid().board()
-    for text in (board.to_markdown(), board.to_latex(), board.to_html()):
+    for text in (markdown(board), latex(board), html(board)):
         for part in ("torch 2.11", "commit abc", "device cpu", "Run of 2026-01-02", "score of the full model"):
             assert part in text
         assert "not distinguishable" in text
@@ -567,8 +585,8 @@ def test_order_of_the_input_changes_nothing() -> None:
     board = grid().board()
     for order in range(3):
         other = grid().board(order)
-        assert other.to_markdown() == board.to_markdown()
-        assert other.to_csv() == board.to_csv()
+        assert markdown(other) == markdown(board)
+        assert csv(other) == csv(board)
 
 
 def test_write_twice_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -598,7 +616,7 @@ def test_write_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     first = [(run.folder / name).read_bytes() for name in names]
     again = write(str(run.folder))
     assert [(run.folder / name).read_bytes() for name in names] == first
-    assert again.to_terminal() == board.to_terminal()
+    assert terminal(again) == terminal(board)
     text = first[1].decode()
     assert "commit 0123456789ab with changes" in text
     assert "GPUs H200" in text

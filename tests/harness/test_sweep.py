@@ -27,6 +27,7 @@ from visionselector_eval.baselines.contract import registry
 from visionselector_eval.harness import cli
 from visionselector_eval.harness.cli.arguments import EXIT_FAILED_CELLS
 from visionselector_eval.harness.report.leaderboard import build_leaderboard
+from visionselector_eval.harness.report.render import markdown
 from visionselector_eval.harness.store.record import IDENTITY, SAMPLE_COLUMNS
 from visionselector_eval.harness.store.run import Run, load_run
 from visionselector_eval.harness.sweep import worker
@@ -311,7 +312,7 @@ def test_two_backbones_give_one_leaderboard_grouped_by_backbone(tmp_path, monkey
         rows = [line.split("|")[1].strip() for line in part.splitlines() if line.startswith("| ")]
         assert rows == ["method", "full", "divprune", "downsample", "task", "tiny_docvqa_val"]
     board = build_leaderboard(*load_run(folder))
-    summary = board.summary.set_index(["backbone", "label"])
+    summary = pd.DataFrame([vars(row) for row in board.summary]).set_index(["backbone", "label"])
     for name in names:
         assert summary.loc[(name, "full"), "mean_relative"] == 100
         own = cells[(cells.backbone == name) & (cells.method == "divprune")]["score"].iloc[0]
@@ -353,7 +354,7 @@ def test_a_run_without_remarks_still_loads(copy):
         file.write_text(json.dumps(record))
     cells, _ = load_run(copy)
     assert (list(cells.status), list(cells.remark)) == (["done"] * 6, [""] * 6)
-    assert headings(build_leaderboard(*load_run(copy)).to_markdown()) == ["tiny"]
+    assert headings(markdown(build_leaderboard(*load_run(copy)))) == ["tiny"]
 
 
 # what is done again --------------------------------------------------------------------------------------------------
