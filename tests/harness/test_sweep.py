@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,6 +22,7 @@ from local_data import write_task
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sweeps import SMALL, Answering, contents, records, small, sweep
+from tqdm import tqdm
 
 from visionselector_eval.baselines import InputError, parse_budget
 from visionselector_eval.baselines.contract import registry
@@ -782,6 +784,8 @@ def child(folder: Path, audit: Path, arm=lambda: None) -> int:
         code = 1
         try:
             torch.set_num_threads(1)  # the threads of the parent are not there
+            # tqdm's own lock is shared with the parent, which would wait for it forever after a kill.
+            tqdm.set_lock(threading.RLock())
             answering = Audit(audit)
             arm()
             _, result = sweep(folder, answer=answering, **KILLED)
