@@ -54,33 +54,49 @@ class Fusion2x2(Compressor):
         x = features.to(working_dtype(features))
         place = torch.arange(x.shape[0], device=x.device)
         size = x.new_ones(x.shape[0])
+        rounds: list[tuple[tuple[int, int, int], Tensor, Tensor, Tensor]] = []
         while x.shape[0] > count:
             t, h, w = grid if grid[1] * grid[2] > 1 else (1, 1, grid[0])  # one token a frame: pairs of frames
-            grid = (t, -(-h // 2), -(-w // 2))
+            before, grid = (t, h, w), (t, -(-h // 2), -(-w // 2))
             windows = grid[0] * grid[1] * grid[2]
-            rows, places, sizes = (_windows(part, (t, h, w)) for part in (x, place, size))
+            rows, places, sizes = (_windows(part, before) for part in (x, place, size))
             # (windows, 4): members that join the first one of their window.
             joined = sizes > 0
             joined[:, 0] = False
             if count > windows:
                 joined &= _chosen(rows, sizes, x.shape[0] - count)
-            fused = self._fused(rows, sizes * pad(joined[:, 1:], (1, 0), value=True))
-            rows[:, 0] = torch.where(joined.any(dim=1)[:, None], fused, rows[:, 0])
+            mass = self._mass(rows, sizes * pad(joined[:, 1:], (1, 0), value=True))
+            changed = joined.any(dim=1)[:, None]
+            rows[:, 0] = torch.where(changed, self._fused(rows, mass), rows[:, 0])
             sizes[:, 0] += (sizes * joined).sum(dim=1)
             # What stays, in raster order; how many is known, so that nothing waits for the device.
             stays = (sizes > 0) & ~joined
             order = torch.where(stays, places, features.shape[0]).flatten().argsort(stable=True)[: max(count, windows)]
             x, place, size = rows.flatten(0, 1)[order], places.flatten()[order], sizes.flatten()[order]
-        return Selection(kept=place, features=x.to(features.dtype)), size
+            rounds.append((before, mass, changed, order))
 
-    def _fused(self, rows: Tensor, mass: Tensor) -> Tensor:
-        """(W, D) the members of each window, (W, 4, D), averaged with weights (W, 4); mass 0 counts nothing."""
+        def merge(rows: Tensor) -> Tensor:
+            for grid, mass, changed, order in rounds:
+                windows = _windows(rows, grid)
+                mean = (mass.to(rows.dtype)[:, :, None] * windows).sum(dim=1)
+                windows[:, 0] = torch.where(changed, mean, windows[:, 0])
+                rows = windows.flatten(0, 1)[order]
+            return rows
+
+        return Selection(kept=place, features=x.to(features.dtype), merge=merge), size
+
+    def _mass(self, rows: Tensor, mass: Tensor) -> Tensor:
+        """(W, 4) weights of the members of each window, (W, 4, D), from their sizes; mass 0 counts nothing."""
         mass = mass / mass.sum(dim=1, keepdim=True)
-        mean = (mass[:, :, None] * rows).sum(dim=1)
         if self.weights == "sim":
+            mean = (mass[:, :, None] * rows).sum(dim=1)
             alike = (unit_rows(rows.flatten(0, 1)).view_as(rows) * unit_rows(mean)[:, None]).sum(dim=2)
             mass = torch.softmax(alike / _TEMPERATURE + mass.log(), dim=1)  # log 0: no member, weight 0
-            mean = (mass[:, :, None] * rows).sum(dim=1)
+        return mass
+
+    def _fused(self, rows: Tensor, mass: Tensor) -> Tensor:
+        """(W, D) the members of each window, (W, 4, D), averaged with weights (W, 4)."""
+        mean = (mass[:, :, None] * rows).sum(dim=1)
         if self.restore_norm:
             mean = normalize(mean, dim=1, eps=1e-12) * (mass * rows.norm(dim=2)).sum(dim=1, keepdim=True)
         return mean

@@ -50,8 +50,11 @@ class Pooling(Compressor):
         rows = features.to(working_dtype(features))
         weights = inside.to(rows.dtype)
         weights /= weights.sum(dim=1, keepdim=True)
-        pooled: Tensor = embedding_bag(index, rows, per_sample_weights=weights, mode="sum")
-        return Selection(kept=kept, features=pooled.to(features.dtype))
+
+        def merge(rows: Tensor) -> Tensor:
+            return embedding_bag(index, rows, per_sample_weights=weights.to(rows.dtype), mode="sum")
+
+        return Selection(kept=kept, features=merge(rows).to(features.dtype), merge=merge)
 
 
 Bin = tuple[int, int, int]  # start, stop, middle

@@ -69,14 +69,19 @@ class PruMergePlus(Compressor):
         kept = self._kept(attention, count)
 
         neighbours = min(self.neighbours, n - 1)
-        rows = tokens.rows.to(working_dtype(tokens.rows))
-        merged = rows[kept]
+        nearest = []
         if neighbours:
             unit = unit_rows(keys.double())
-            for part, block in zip(merged.split(_BLOCK), kept.split(_BLOCK), strict=True):
-                near = _nearest(unit, block, neighbours)
+            nearest = [_nearest(unit, block, neighbours) for block in kept.split(_BLOCK)]
+
+        def merge(rows: Tensor) -> Tensor:
+            merged = rows[kept]
+            for part, near in zip(merged.split(_BLOCK), nearest, strict=False):
                 part += embedding_bag(near, rows, per_sample_weights=attention[near].to(rows.dtype), mode="sum")
-        return Selection(kept=kept, features=tokens.finish(merged), scores=given)
+            return merged
+
+        merged = merge(tokens.rows.to(working_dtype(tokens.rows)))
+        return Selection(kept=kept, features=tokens.finish(merged), scores=given, merge=merge)
 
     def _kept(self, attention: Tensor, count: int) -> Tensor:
         """(count,) ascending indices."""

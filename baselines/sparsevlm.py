@@ -136,11 +136,15 @@ class SparseVLM(DecoderCompressor):
         if not clusters:
             return Selection(kept=survivors.sort().values, scores=relation)
         recycled = order[count - clusters :][: max(clusters, recycled_of(size - count + clusters))].sort().values
-        centres, merged = density_peaks(states[recycled], clusters)
+        centres, nearest = density_peaks(states[recycled], clusters)
         kept = torch.cat([survivors, recycled[centres]])
-        features = torch.cat([states[survivors], merged.to(states.dtype)])
         place = kept.sort()
-        return Selection(kept=place.values, features=features[place.indices], scores=relation)
+
+        def merge(rows: Tensor) -> Tensor:
+            means = cluster_means(rows[recycled], nearest, clusters)
+            return torch.cat([rows[survivors], means.to(rows.dtype)])[place.indices]
+
+        return Selection(kept=place.values, features=merge(states), scores=relation, merge=merge)
 
     def _words(self, view: DecoderView) -> tuple[Tensor, Tensor]:
         """Text that may be raters: (T, D) input embeddings and (T,) places among the tokens still there."""
@@ -189,7 +193,7 @@ def density_peaks(states: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
         clusters: C, 1 <= C <= M.
 
     Returns:
-        centres: (C,) int64, best first; merged: (C, D) plain means of each centre's nearest tokens, in `working_dtype`.
+        centres: (C,) int64, best first; nearest: (M,) int64, the number of each token's nearest centre.
     """
     x = states.to(working_dtype(states))
     n, width = x.shape
@@ -206,9 +210,14 @@ def density_peaks(states: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     centres = (density * delta).sort(descending=True, stable=True).indices[:clusters]
     nearest = torch.cat([distances(r, x[centres]).argmin(1) for r in rows])
     nearest[centres] = torch.arange(clusters, device=x.device)  # also where two centres are equal
+    return centres, nearest
+
+
+def cluster_means(states: Tensor, nearest: Tensor, clusters: int) -> Tensor:
+    """(C, D) plain means of each cluster's tokens, (M, D), in `working_dtype`."""
+    x = states.to(working_dtype(states))
     sizes = nearest.bincount(minlength=clusters)
-    merged = x.new_zeros(clusters, width).index_add_(0, nearest, x) / sizes[:, None]
-    return centres, merged
+    return x.new_zeros(clusters, x.shape[1]).index_add_(0, nearest, x) / sizes[:, None]
 
 
 def _near_and_far(distances: Tensor, clusters: int) -> tuple[Tensor, Tensor]:

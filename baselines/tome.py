@@ -61,6 +61,7 @@ class ToMe(Compressor):
             metric = keys.to(working_dtype(keys))
         place = torch.arange(x.shape[0], device=x.device)
         size = x.new_ones(x.shape[0])
+        rounds: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         while (n := x.shape[0]) > count:
             merged = min(n - count, n // 2)
             best, closest = _most_similar(metric)
@@ -70,12 +71,19 @@ class ToMe(Compressor):
             on_features = metric is x
             x = _averaged(x, size, sources, targets)
             metric = x if on_features else _averaged(metric, size, sources, targets)
-            size = _added(size, targets, size[sources])
+            before, size = size, _added(size, targets, size[sources])
             stays = (2 * ranked[merged:], torch.arange(1, n, 2, device=x.device))
             left = torch.cat(stays).sort().values  # places are ascending: so are they after this
+            rounds.append((before, sources, targets, left))
             x, place, size = x[left], place[left], size[left]
             metric = x if on_features else metric[left]
-        return Selection(kept=place, features=x.to(features.dtype)), size
+
+        def merge(rows: Tensor) -> Tensor:
+            for sizes, sources, targets, left in rounds:
+                rows = _averaged(rows, sizes, sources, targets)[left]
+            return rows
+
+        return Selection(kept=place, features=x.to(features.dtype), merge=merge), size
 
 
 def _most_similar(metric: Tensor) -> tuple[Tensor, Tensor]:

@@ -107,12 +107,18 @@ class VisionZip(Compressor):
         rest = _complement(n, dominant)
         places = torch.arange(contextual, device=features.device) * max(1, rest.shape[0] // contextual)
         targets, joining = rest[places], rest[_complement(rest.shape[0], places)]
-        merged = tokens.finish(_merge(tokens.rows, keys, targets, joining))
+        owner = _owner(keys, targets, joining)
+        merged = tokens.finish(_merge(tokens.rows, targets, joining, owner))
 
         kept = torch.cat([dominant, targets]).sort().values
+        place = torch.searchsorted(kept, targets)
+
+        def merge(rows: Tensor) -> Tensor:
+            return rows[kept].index_copy_(0, place, _merge(rows, targets, joining, owner).to(rows.dtype))
+
         rows = features[kept]
-        rows[torch.searchsorted(kept, targets)] = merged
-        return Selection(kept=kept, features=rows, scores=attention)
+        rows[place] = merged
+        return Selection(kept=kept, features=rows, scores=attention, merge=merge)
 
 
 def _complement(n: int, chosen: Tensor) -> Tensor:
@@ -121,17 +127,20 @@ def _complement(n: int, chosen: Tensor) -> Tensor:
     return torch.sort(taken, stable=True).indices[: n - chosen.shape[0]]
 
 
-def _merge(features: Tensor, keys: Tensor, targets: Tensor, joining: Tensor) -> Tensor:
-    """(C, D) `x_target + mean(x_joined)`: each token of `joining` joins the target with the most similar key.
-
-    Among equal keys, up to rounding, the first target wins. The target is not in the mean, so its norm about
-    doubles; that is the published method. A target that nothing joins stays as it is.
-    """
+def _owner(keys: Tensor, targets: Tensor, joining: Tensor) -> Tensor:
+    """For each token of `joining` the number of the target with the most similar key; of equal ones the first."""
     unit = unit_rows(keys.double())
     similarity = unit[joining] @ unit[targets].T
     slack = 8 * torch.finfo(similarity.dtype).eps  # equal keys differ by rounding, see divprune
-    owner = (similarity >= similarity.amax(dim=1, keepdim=True) - slack).to(torch.uint8).argmax(dim=1)
+    return (similarity >= similarity.amax(dim=1, keepdim=True) - slack).to(torch.uint8).argmax(dim=1)
 
+
+def _merge(features: Tensor, targets: Tensor, joining: Tensor, owner: Tensor) -> Tensor:
+    """(C, D) `x_target + mean(x_joined)`, each token of `joining` with its owner.
+
+    The target is not in the mean, so its norm about doubles; that is the published method. A target that nothing joins
+    stays as it is.
+    """
     members = features[joining].to(working_dtype(features))
     sums = members.new_zeros(targets.shape[0], members.shape[1])
     # The one that adds in a fixed order: index_add_ does not on CUDA, index_put_ does not on the CPU.

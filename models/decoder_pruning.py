@@ -18,8 +18,8 @@ import torch
 
 from visionselector_eval.baselines.contract.base import Selection
 from visionselector_eval.baselines.contract.errors import InputError
-from visionselector_eval.models.generation import kv_cache
 from visionselector_eval.models.instrumentation import step
+from visionselector_eval.models.planes import cached_tokens
 from visionselector_eval.models.splice import CompressedPrompt, repad
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ class DecoderPruning:
         self._previous: Tensor | None = None
         self._memory: list[dict[Any, Any]] = [{} for _ in self._lengths]
         self._scores: list[Tensor | None] = list(prompt.scores)
+        self._planes = [list(rows) for rows in prompt.planes]
         # Masks and tables are the same for all layers between two stages: the last ones made are kept.
         self._shared: dict[str, tuple[Any, Any]] = {}
 
@@ -169,6 +170,11 @@ class DecoderPruning:
             self._previous = None
             self._shared.clear()
 
+    def planes_at(self, layer: int) -> tuple[Tensor, list[Tensor]]:
+        """Where visual tokens stand in a layer's states, (B, S) bool, and what is added to each prompt's behind it."""
+        layout = self._at[layer]
+        return self.prompt.visual.gather(1, layout.source) & layout.valid, self._planes[layer]
+
     def outcome(self) -> Entered:
         """What entered the layers; after the run."""
         last, prompt = self._at[-1], self.prompt
@@ -190,7 +196,7 @@ class DecoderPruning:
 
     def _capture(self, number: int) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not _cached(kwargs, number):
+            if not cached_tokens(kwargs, number):
                 self._previous = args[0] if args else kwargs["hidden_states"]
 
         return hook
@@ -199,7 +205,7 @@ class DecoderPruning:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             kwargs = dict(kwargs)
             hidden = args[0] if args else kwargs.pop("hidden_states")
-            cached = _cached(kwargs, number)
+            cached = cached_tokens(kwargs, number)
             if not cached:
                 hidden = self._read_prompt(number, hidden, kwargs)
             layout, received = self._at[number], kwargs.get("attention_mask")
@@ -290,13 +296,14 @@ class DecoderPruning:
                 continue
             view = self._view(number, row, hidden, layout, tables)
             places = view.visual + hidden.shape[1] - lengths[row]
-            start, chosen, scores = 0, [], []
+            start, chosen, scores, selections = 0, [], [], []
             for present, count in sizes:
                 members = torch.arange(start, start + present, device=hidden.device)
                 with step("compressor"):
                     selection = self._select(view, members, count)
                 kept = members[selection.kept.to(members.device)]
                 chosen.append(kept)
+                selections.append((members, selection))
                 scores.append(selection.scores)
                 if selection.features is not None:
                     merged.append((row, places[kept], selection.features.to(hidden.dtype)))
@@ -307,6 +314,9 @@ class DecoderPruning:
                 raise InputError(
                     f"method '{self.method.name}' returned indices that are not ascending, unique and in range"
                 )
+            for plane in self._planes[number:]:
+                rows = [one.follow(plane[row][members], self.method.name) for members, one in selections]
+                plane[row] = torch.cat(rows)
             keep[row, places] = False
             keep[row, places[index]] = True
             alive[row] = layout.alive[row][index]
@@ -379,22 +389,20 @@ class DecoderPruning:
                 f"one row for each of its {count} kept tokens is needed"
             )
         if ends_visually:
-            features = selection.features
-            if features is not None:
-                features = torch.cat([features, view.hidden[-1:].to(features.dtype)])
             last = selection.kept.new_tensor([len(members)])
-            return Selection(kept=torch.cat([selection.kept, last]), features=features)
+            kept = torch.cat([selection.kept, last])
+            if selection.features is None:
+                return Selection(kept=kept)
+            features = torch.cat([selection.features, view.hidden[-1:].to(selection.features.dtype)])
+            merge = selection.merge
+            if merge is None:
+                return Selection(kept=kept, features=features)
+            return Selection(kept=kept, features=features, merge=lambda rows: torch.cat([merge(rows[:-1]), rows[-1:]]))
         return selection
 
 
 def _places(mask: Tensor) -> Tensor:
     return mask.nonzero().squeeze(1)
-
-
-def _cached(kwargs: dict[str, Any], layer: int) -> int:
-    """Tokens of `layer` in the cache: 0 while the prompt is read, and where there is no cache."""
-    cache = kv_cache(kwargs)
-    return cache.get_seq_length(layer) if cache is not None else 0
 
 
 def _as_kind(allowed: Tensor, kind: str, received: Tensor | None, hidden: Tensor) -> Tensor:

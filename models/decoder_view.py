@@ -25,7 +25,8 @@ class LayerAccess:
     """The parts of a Llama-like decoder that ranking reads: norms, projections and rotary embedding.
 
     Args:
-        language_model: has `layers` (with `input_layernorm` and `self_attn.{q_proj,k_proj,head_dim,scaling}`) and
+        language_model: has `layers` (with `input_layernorm` and `self_attn.{q_proj,k_proj,head_dim,scaling}`, and
+            perhaps `self_attn.{q_norm,k_norm}`) and
             `norm`.
         rotate: the family's `apply_rotary_pos_emb(q, k, cos, sin)`.
     """
@@ -42,15 +43,26 @@ class LayerAccess:
 
     def queries(self, layer: int, normed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(Q, H, d) after rotary embedding."""
-        attention = self.layers[layer].self_attn
-        q = attention.q_proj(normed).view(len(normed), -1, attention.head_dim)
+        q = self._heads(layer, "q", normed)
         return self._rotate(q, q, cos, sin)[0]
 
     def keys(self, layer: int, normed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(S, H', d) after rotary embedding, H' <= H heads."""
-        attention = self.layers[layer].self_attn
-        k = attention.k_proj(normed).view(len(normed), -1, attention.head_dim)
+        k = self._heads(layer, "k", normed)
         return self._rotate(k, k, cos, sin)[1]
+
+    def _heads(self, layer: int, which: str, normed: Tensor) -> Tensor:
+        """(S, heads, d) queries ("q") or keys ("k") before rotary embedding.
+
+        Through the layer's own norm of them where it has one: of each head (Qwen3), or of all heads side by side.
+        """
+        attention = self.layers[layer].self_attn
+        projected = getattr(attention, f"{which}_proj")(normed)
+        norm = getattr(attention, f"{which}_norm", None)
+        if norm is not None and norm.weight.shape[0] == projected.shape[-1] != attention.head_dim:
+            projected, norm = norm(projected), None
+        heads = projected.view(len(normed), -1, attention.head_dim)
+        return heads if norm is None else norm(heads)
 
     def scale(self, layer: int) -> float:
         """What the products of queries and keys are multiplied with."""

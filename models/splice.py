@@ -20,6 +20,7 @@ from visionselector_eval.baselines.contract.budget import Budget, Share
 from visionselector_eval.baselines.contract.decoder import DecoderCompressor
 from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.models.instrumentation import step
+from visionselector_eval.models.planes import Planes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +38,7 @@ class VisualItem:
         features: (N, D), raster order.
         make_trace: computes what the encoder knows about its own attention, at first use; None if it was not captured.
         project: see `VisualTokens.project`.
+        planes: (N, D) each, what is added to these tokens behind the LLM's first layers (`models.planes`).
     """
 
     kind: Literal["image", "video"]
@@ -44,6 +46,7 @@ class VisualItem:
     features: Tensor
     make_trace: Callable[[], EncoderTrace] | None = None
     project: Callable[[Tensor], Tensor] | None = None
+    planes: tuple[Tensor, ...] = ()
 
     @cached_property
     def trace(self) -> EncoderTrace:
@@ -97,6 +100,7 @@ class CompressedPrompt:
         items: for each prompt the sizes of its images and videos, in order: (before compression, kept).
         decoder: what is still to be dropped inside the LLM, a method and its budget; None for nothing. `kept` then
             holds what enters the LLM's first layer.
+        planes: what is added to the kept tokens behind the LLM's first layers, the rows of each prompt by layer.
     """
 
     input_ids: Tensor
@@ -110,6 +114,7 @@ class CompressedPrompt:
     question: Tensor
     items: list[list[tuple[int, int]]]
     decoder: tuple[DecoderCompressor, Budget] | None = None
+    planes: Planes = ()
 
 
 def repad(keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,10 +142,16 @@ def prompt_key(ids: Tensor) -> str:
 
 def _cat_traces(traces: Sequence[EncoderTrace]) -> EncoderTrace:
     def cat(name: str) -> Tensor | None:
-        parts = [getattr(t, name) for t in traces]
-        return None if any(p is None for p in parts) else torch.cat(parts)
+        parts = [t.get(name) for t in traces]
+        told = [part for part in parts if part is not None]
+        return torch.cat(told) if len(told) == len(parts) else None
 
-    return EncoderTrace(**{field.name: cat(field.name) for field in fields(EncoderTrace)})
+    names = [field.name for field in fields(EncoderTrace) if field.name != "at_layers"]
+    layers = {name: cat(name) for name in traces[0].at_layers or {}}
+    return EncoderTrace(
+        **{name: cat(name) for name in names},
+        at_layers={name: value for name, value in layers.items() if value is not None} or None,
+    )
 
 
 def _scopes(items: Sequence[VisualItem], compressor: Compressor, text: Tensor | None, key: str) -> list[VisualTokens]:
@@ -188,6 +199,14 @@ def select(tokens: VisualTokens, compressor: Compressor, budget: Budget) -> Sele
     return selection
 
 
+def _kept_plane(
+    parts: Sequence[Tensor], scopes: Sequence[VisualTokens], selections: Sequence[Selection], method: str
+) -> Tensor:
+    """(K, D) of one plane for the tokens that a prompt's selections keep; `parts`: its rows for each item."""
+    rows = torch.cat(list(parts)).split([len(scope.features) for scope in scopes])
+    return torch.cat([chosen.follow(part, method) for chosen, part in zip(selections, rows, strict=True)])
+
+
 def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Budget) -> CompressedPrompt:
     """Drop the visual tokens that `compressor` does not keep; text is never dropped.
 
@@ -203,6 +222,8 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
     totals: list[int] = []
     scores: list[Tensor | None] = []
     sizes: list[list[tuple[int, int]]] = []
+    number = max((len(item.planes) for items in encoded.rows for item in items), default=0)
+    planes: list[list[Tensor]] = [[] for _ in range(number)]
     for row, items in enumerate(encoded.rows):
         total = sum(item.features.shape[0] for item in items)
         places = prompt.visual[row].nonzero().squeeze(1)
@@ -213,11 +234,15 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
             kept_rows.append(torch.empty(0, dtype=torch.int64))
             scores.append(None)
             sizes.append([])
+            for plane in planes:
+                plane.append(embeds.new_empty(0, embeds.shape[-1]))
             continue
         text = prompt.embeds[row][prompt.question[row]] if "text" in compressor.needs else None
         with step("compressor"):
             scopes = _scopes(items, compressor, text, prompt.keys[row])
             selections = [select(scope, compressor, budget) for scope in scopes]
+            for layer, plane in enumerate(planes):
+                plane.append(_kept_plane([item.planes[layer] for item in items], scopes, selections, compressor.name))
         offset, kept, features = 0, [], []
         for scope, selection in zip(scopes, selections, strict=True):
             chosen = selection.kept.to(device)
@@ -257,4 +282,5 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
         visual=prompt.visual.gather(1, source) & mask,
         question=prompt.question.gather(1, source) & mask,
         items=sizes,
+        planes=tuple(tuple(plane) for plane in planes),
     )

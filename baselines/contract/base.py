@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from visionselector_eval.baselines.contract.budget import Budget, Share
 from visionselector_eval.baselines.contract.errors import InputError
-from visionselector_eval.baselines.contract.numerics import top_k
+from visionselector_eval.baselines.contract.numerics import top_k, working_dtype
 
 Stage = Literal["pixels", "projector", "decoder"]
 
@@ -53,6 +53,8 @@ class EncoderTrace:
         keys_whole: (N, H * Dk) float32, the keys of that block.
         patches: (N, Dp) the encoder's output before the projector, where one patch makes one token;
             `VisualTokens.project` takes such rows to the LLM's.
+        at_layers: the first four of another layer of the encoder than its ranking layer, by the name asked for:
+            "received@16" is that of block 16, counted from 0; "received@-1" of the last.
     """
 
     received: Tensor | None = None
@@ -62,6 +64,19 @@ class EncoderTrace:
     cls_whole: Tensor | None = None
     keys_whole: Tensor | None = None
     patches: Tensor | None = None
+    at_layers: Mapping[str, Tensor] | None = None
+
+    def get(self, name: str) -> Tensor | None:
+        """What a name in `Compressor.needs` stands for; None where the encoder did not tell it."""
+        return (self.at_layers or {}).get(name) if "@" in name else getattr(self, name, None)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> EncoderTrace:
+        """The same trace with every tensor changed, such as for some of the tokens."""
+        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "at_layers"}
+        return EncoderTrace(
+            **{name: None if value is None else change(value) for name, value in told.items()},
+            at_layers=self.at_layers and {name: change(value) for name, value in self.at_layers.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -106,12 +121,32 @@ class Selection:
     Attributes:
         kept: (K,) int64, ascending, unique, 0 <= kept < N. A merged token stands at its anchor's index.
         features: (K, D) where kept tokens were changed (merged), row p belongs to kept[p]; None means `features[kept]`.
-        scores: (N,) for pictures, or None.
+        scores: (N,) for images, or None.
+        merge: with `features`, the same merging for other rows: takes (N, E) floats to (K, E), each kept row the sum of
+            rows with the weights that its features were made with. A backbone that adds features of the same tokens
+            behind deeper layers of its LLM (DeepStack) needs it.
     """
 
     kept: Tensor
     features: Tensor | None = None
     scores: Tensor | None = None
+    merge: Callable[[Tensor], Tensor] | None = None
+
+    def follow(self, rows: Tensor, method: str) -> Tensor:
+        """(K, E) what is kept of other rows of the same tokens, (N, E), merged as the features were.
+
+        Raises:
+            InputError: a method that merges and does not say how.
+        """
+        kept = self.kept.to(rows.device)
+        if self.features is None:
+            return rows[kept]
+        if self.merge is None:
+            raise InputError(
+                f"method '{method}' merges tokens without saying how (Selection.merge), which a backbone needs that "
+                "adds features at several layers of its LLM: use another method or backbone"
+            )
+        return self.merge(rows.to(working_dtype(rows))).to(rows.dtype)
 
 
 @dataclass(frozen=True)
@@ -122,6 +157,7 @@ class Host:
         id: path or hub id of the backbone.
         width: D, the size of the LLM's embeddings.
         depth: layers of the LLM; 0 where it is not known.
+        encoder_depth: blocks of the vision encoder; 0 where it is not known.
         traces: fields of `EncoderTrace` that the vision encoder can tell; "cls" where it has a CLS token.
         extra_weights: tensors of the checkpoint that the stock architecture has no place for, by their name in the file
             (a released VisionSelector checkpoint holds its scorer there).
@@ -132,6 +168,7 @@ class Host:
     extra_weights: Mapping[str, Tensor] = field(default_factory=dict)
     depth: int = 0
     traces: frozenset[str] = frozenset()
+    encoder_depth: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +180,7 @@ class Compressor(ABC):
         stage: where it acts: `projector` (visual tokens on their way into the LLM) or `decoder` (inside the LLM);
             `pixels` only for the down-sampling control.
         needs: what `compress` reads beside the features: "text" and fields of `EncoderTrace`. "cls|received" asks for
-            the first of the two that the encoder can tell.
+            the first of the two that the encoder can tell, "received@16" for that of the encoder's block 16.
         renumbers: whether it was published with positions counted anew over the shorter prompt: then it has these under
             `upstream_exact` on backbones whose positions are plain numbers. Else kept tokens keep their positions.
         trained: whether it has weights of its own.
@@ -262,7 +299,7 @@ def traced(tokens: VisualTokens, method: str, *names: str) -> list[Tensor]:
     values: list[Tensor] = []
     missing: list[str] = []
     for name in names:
-        held = (getattr(tokens.trace, field, None) for field in name.split("|"))
+        held = (tokens.trace.get(field) for field in name.split("|")) if tokens.trace is not None else iter(())
         value: Tensor | None = next((value for value in held if value is not None), None)
         if value is None:
             missing.append(name.replace("|", "/"))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from visionselector_eval.baselines.contract.base import Compressor, EncoderTrace, Host, Selection, VisualTokens
+from visionselector_eval.baselines.contract.base import Compressor, Host, Selection, VisualTokens
 from visionselector_eval.baselines.contract.budget import Budget, Share, Tokens
 from visionselector_eval.baselines.contract.decoder import DecoderCompressor, DecoderView
 from visionselector_eval.baselines.contract.errors import InputError
@@ -147,16 +147,17 @@ class BeforeLLM(_Chain, Compressor):
         if some == count:
             return first
         features = tokens.features[first.kept] if first.features is None else first.features.to(tokens.features.dtype)
-        trace = tokens.trace
-        if trace is not None:
-            values = {f.name: getattr(trace, f.name) for f in fields(EncoderTrace)}
-            trace = EncoderTrace(**{name: None if v is None else v[first.kept] for name, v in values.items()})
+        trace = tokens.trace.map(lambda value: value[first.kept]) if tokens.trace is not None else None
         # Merged tokens are no longer the encoder's: the second method then works on features, as the LLM sees them.
         project = tokens.project if first.features is None else None
         left = replace(tokens, features=features, grid=(1, 1, some), trace=trace, project=project)
         second = self.second.compress(left, count)
         changed = features[second.kept] if second.features is None else second.features
-        return Selection(kept=first.kept[second.kept], features=changed, scores=first.scores)
+
+        def merge(rows: Tensor) -> Tensor:
+            return second.follow(first.follow(rows, self.first.name), self.second.name)
+
+        return Selection(kept=first.kept[second.kept], features=changed, scores=first.scores, merge=merge)
 
 
 def chain(first: Compressor, second: Compressor, split: float) -> Compressor:

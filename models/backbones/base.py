@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -16,6 +17,7 @@ from visionselector_eval.baselines.contract.base import Compressor, EncoderTrace
 from visionselector_eval.baselines.contract.budget import Budget, Share, parse_budget
 from visionselector_eval.baselines.contract.decoder import DecoderCompressor
 from visionselector_eval.baselines.contract.errors import InputError
+from visionselector_eval.models import planes
 from visionselector_eval.models.decoder_pruning import DecoderPruning, refuse_unusual_generation
 from visionselector_eval.models.decoder_view import Entered, LayerAccess, entered
 from visionselector_eval.models.instrumentation import step
@@ -31,7 +33,31 @@ _NOT_FINITE = (
     "(float16 overflows where bfloat16 and float32 do not)"
 )
 
-ALL_TRACES = frozenset(field.name for field in fields(EncoderTrace))
+ALL_TRACES = frozenset(field.name for field in fields(EncoderTrace) if field.name != "at_layers")
+AT_LAYERS = ALL_TRACES & {"received", "keys", "keys_concat", "cls"}
+"""What of a trace can be had of any block of the encoder."""
+
+
+def block_of(need: str, ranking: int, depth: int) -> int:
+    """The block of the encoder, counted from 0, that a name such as "received@16" asks for.
+
+    Args:
+        need: a name of `Compressor.needs`, without alternatives.
+        ranking: the block of names without a number.
+        depth: blocks of the encoder.
+
+    Raises:
+        InputError: a block that there is not.
+    """
+    name, _, number = need.partition("@")
+    if not number:
+        return ranking
+    if name not in AT_LAYERS or not re.fullmatch(r"-?\d+", number) or not -depth <= int(number) < depth:
+        raise InputError(
+            f"invalid need '{need}' of a method: expected one of {', '.join(sorted(AT_LAYERS))} at a block from 0 to "
+            f"{depth - 1} of the vision encoder"
+        )
+    return int(number) % depth
 
 
 @dataclass(frozen=True)
@@ -92,6 +118,7 @@ class Backbone(ABC):
     model_class: ClassVar[Any]  # the transformers class that `load_backbone` loads the weights with
     rotate: ClassVar[Callable[..., tuple[Tensor, Tensor]]]  # the family's `apply_rotary_pos_emb`, a static method
     traces: ClassVar[frozenset[str]]  # fields of `EncoderTrace` that its vision encoder can tell
+    ranking_block: int  # the block of the vision encoder whose attention ranks tokens, counted from 0
 
     def __init__(
         self, model: Any, processor: Any, *, id: str, revision: str, extra_weights: Mapping[str, Tensor]
@@ -100,7 +127,14 @@ class Backbone(ABC):
         self.processor = processor
         self.id = id
         self.revision = revision
-        self.host = Host(id=id, width=self.width, extra_weights=extra_weights, depth=self.depth, traces=self.traces)
+        self.host = Host(
+            id=id,
+            width=self.width,
+            extra_weights=extra_weights,
+            depth=self.depth,
+            traces=self.traces,
+            encoder_depth=self.encoder_depth,
+        )
         self._bound: dict[Compressor, Compressor] = {}
 
     @classmethod
@@ -156,6 +190,16 @@ class Backbone(ABC):
         return self.model.config.text_config.num_hidden_layers
 
     @property
+    def encoder_blocks(self) -> Sequence[Any]:
+        """The blocks of the vision encoder; none where it tells nothing of them."""
+        return ()
+
+    @property
+    def encoder_depth(self) -> int:
+        """Blocks of the vision encoder."""
+        return len(self.encoder_blocks)
+
+    @property
     def layer_access(self) -> LayerAccess:
         """The LLM's parts that decoder-stage methods read."""
         return LayerAccess(self.model.model.language_model, self.rotate)
@@ -193,9 +237,16 @@ class Backbone(ABC):
         return ""
 
     def offered(self, needs: frozenset[str]) -> frozenset[str]:
-        """The fields of `EncoderTrace` that serve `needs` here: of alternatives ("cls|received") the first."""
-        firsts = (next((name for name in need.split("|") if name in self.traces), None) for need in needs)
-        return frozenset(name for name in firsts if name is not None)
+        """What of `EncoderTrace` serves `needs` here: of alternatives ("cls|received") the first.
+
+        Raises:
+            InputError: a block that the encoder does not have.
+        """
+        firsts = (next((n for n in need.split("|") if n.partition("@")[0] in self.traces), None) for need in needs)
+        names = frozenset(name for name in firsts if name is not None)
+        for name in names:
+            block_of(name, 0, self.encoder_depth)
+        return names
 
     def question(self, ids: Tensor, mask: Tensor, visual: Tensor, markers: Sequence[int] = ()) -> Tensor:
         """(B, S) bool: plain text of the user's turn, from its last picture up to the turn's end; else all plain text.
@@ -315,14 +366,9 @@ class Backbone(ABC):
         Raises:
             InputError: logits that are not finite.
         """
-        if compressed.decoder is None:
+        with self._hooked(compressed) as pruning:
             hidden, logits = self.forward(compressed)
-            seen = entered(compressed, self.depth)
-        else:
-            pruning = DecoderPruning(self.layer_access, compressed)
-            with pruning.installed():
-                hidden, logits = self.forward(compressed)
-            seen = pruning.outcome()
+        seen = pruning.outcome() if pruning else entered(compressed, self.depth)
         if not bool(torch.isfinite(logits).all()):
             raise InputError(_NOT_FINITE)
         positions = seen.position_ids
@@ -345,14 +391,28 @@ class Backbone(ABC):
         Raises:
             InputError: beam search and the like with a decoder-stage method; logits that are not finite.
         """
-        if compressed.decoder is None:
-            with self._finite_logits():
-                return self.stock_generate(compressed, **generation), entered(compressed, self.depth)
-        refuse_unusual_generation(compressed.decoder[0].name, generation, self.model.generation_config)
-        pruning = DecoderPruning(self.layer_access, compressed)
-        with self._finite_logits(), pruning.installed():
+        if compressed.decoder is not None:
+            refuse_unusual_generation(compressed.decoder[0].name, generation, self.model.generation_config)
+        with self._finite_logits(), self._hooked(compressed) as pruning:
             tokens = self.stock_generate(compressed, **generation)
-        return tokens, pruning.outcome()
+        return tokens, pruning.outcome() if pruning else entered(compressed, self.depth)
+
+    @contextmanager
+    def _hooked(self, compressed: CompressedPrompt) -> Iterator[DecoderPruning | None]:
+        """The hooks that a prompt needs inside the LLM: those that drop tokens there, and those that add planes."""
+        access = self.layer_access
+        pruning = DecoderPruning(access, compressed) if compressed.decoder is not None else None
+
+        def placed(layer: int) -> tuple[Tensor, Sequence[Tensor]]:
+            return compressed.visual, compressed.planes[layer]
+
+        with ExitStack() as stack:
+            if pruning is not None:
+                stack.enter_context(pruning.installed())
+            if compressed.planes:
+                at = placed if pruning is None else pruning.planes_at
+                stack.enter_context(planes.added(access.layers, len(compressed.planes), at))
+            yield pruning
 
     @contextmanager
     def _finite_logits(self) -> Iterator[None]:

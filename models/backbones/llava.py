@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from visionselector_eval.baselines.contract.base import Compressor, EncoderTrace, PixelCompressor, weights_digest
 from visionselector_eval.baselines.contract.budget import Budget
 from visionselector_eval.baselines.contract.errors import InputError
-from visionselector_eval.models.backbones.base import ALL_TRACES, Backbone, Foreign
+from visionselector_eval.models.backbones.base import ALL_TRACES, AT_LAYERS, Backbone, Foreign, block_of
 from visionselector_eval.models.backbones.llava_original import OriginalLlava, is_original
 from visionselector_eval.models.backbones.token_fusion import FusedLlava, TokenFusion, fuse
 from visionselector_eval.models.backbones.tower import received_attention
@@ -37,6 +37,24 @@ VICUNA_TEMPLATE = (
     "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+
+
+_OF_LAST = frozenset({"cls_whole", "keys_whole"})
+
+
+def _at_block(need: str) -> bool:
+    """Whether a need is one of the attention of a single block."""
+    return need.partition("@")[0] in AT_LAYERS
+
+
+def _ranking(name: str, q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """What (P, H, d) queries and keys of a block tell of an image, without the CLS token, which stands first."""
+    if name == "cls":
+        rows = torch.einsum("hd,nhd->hn", q[0].float() * scale, k.float())
+        return rows.softmax(-1).mean(0)[1:]
+    if name == "received":
+        return received_attention(q, k, [len(k)], scale)[1:]
+    return k[1:].float().mean(1) if name == "keys" else k[1:].float().flatten(1)
 
 
 class Llava(Backbone):
@@ -181,21 +199,28 @@ class Llava(Backbone):
         finally:
             handle.remove()
 
-    @contextmanager
-    def _capture(self, needs: frozenset[str]) -> Iterator[dict[str, Any]]:
-        """Records what `_trace` needs while the tower runs: states behind norm 1, the feature block's output."""
-        captured: dict[str, Any] = {}
-        if not needs:
-            yield captured
-            return
-        blocks = self.model.model.vision_tower.encoder.layers
+    @property
+    def encoder_blocks(self) -> Sequence[Any]:
+        return self.model.model.vision_tower.encoder.layers
+
+    @property
+    def ranking_block(self) -> int:  # type: ignore[override]
+        """The block whose output is shown to the LLM (the first of several)."""
         layer = self.model.config.vision_feature_layer
         layer = layer if isinstance(layer, int) else layer[0]
-        ranking = blocks[layer - 1 if layer > 0 else layer]  # hidden state 0 is the embeddings'
+        return (layer - 1 if layer > 0 else layer) % self.encoder_depth  # hidden state 0 is the embeddings'
 
-        def attention_input(name: str) -> Any:
+    @contextmanager
+    def _capture(self, needs: frozenset[str]) -> Iterator[dict[Any, Any]]:
+        """Records what `_trace` needs while the tower runs: each block's input of attention, and the block output."""
+        captured: dict[Any, Any] = {}
+        last = self.encoder_depth - 1
+        blocks = {block_of(need, self.ranking_block, self.encoder_depth) for need in needs if _at_block(need)}
+        blocks |= {last} if needs & _OF_LAST else set()
+
+        def attention_input(block: int) -> Any:
             def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                captured[name] = module, (args[0] if args else kwargs["hidden_states"])
+                captured[block] = module, (args[0] if args else kwargs["hidden_states"])
 
             return keep
 
@@ -204,14 +229,11 @@ class Llava(Backbone):
 
         handles = []
         try:
-            if needs & {"received", "keys", "keys_concat", "cls"}:
-                hook = attention_input("ranking")
-                handles.append(ranking.self_attn.register_forward_pre_hook(hook, with_kwargs=True))
-            if needs & {"cls_whole", "keys_whole"}:
-                hook = attention_input("last")
-                handles.append(blocks[-1].self_attn.register_forward_pre_hook(hook, with_kwargs=True))
+            for block in sorted(blocks):
+                attention = self.encoder_blocks[block].self_attn
+                handles.append(attention.register_forward_pre_hook(attention_input(block), with_kwargs=True))
             if "patches" in needs:
-                handles.append(ranking.register_forward_hook(output))
+                handles.append(self.encoder_blocks[self.ranking_block].register_forward_hook(output))
             yield captured
         finally:
             for handle in handles:
@@ -219,26 +241,19 @@ class Llava(Backbone):
 
     @torch.no_grad()
     def _trace(
-        self, captured: Mapping[str, Any], number: int, grid: tuple[int, int, int], needs: frozenset[str]
+        self, captured: Mapping[Any, Any], number: int, grid: tuple[int, int, int], needs: frozenset[str]
     ) -> EncoderTrace:
-        """What the tower tells of picture `number`; the CLS token stands first in its states, and takes part."""
+        """What the tower tells of image `number`; the CLS token stands first in its states, and takes part."""
         told: dict[str, Tensor] = {}
-        if "ranking" in captured:
-            module, states = captured["ranking"]
-            q, k = (
-                p(states[number]).view(-1, module.num_heads, module.head_dim) for p in (module.q_proj, module.k_proj)
-            )
-            if "cls" in needs:
-                rows = torch.einsum("hd,nhd->hn", q[0].float() * module.scale, k.float())
-                told["cls"] = rows.softmax(-1).mean(0)[1:]
-            if "received" in needs:
-                told["received"] = received_attention(q, k, [len(k)], module.scale)[1:]
-            if "keys" in needs:
-                told["keys"] = k[1:].float().mean(1)
-            if "keys_concat" in needs:
-                told["keys_concat"] = k[1:].float().flatten(1)
-        if "last" in captured:
-            module, states = captured["last"]
+        by_block: dict[int, list[str]] = {}
+        for need in filter(_at_block, needs):
+            by_block.setdefault(block_of(need, self.ranking_block, self.encoder_depth), []).append(need)
+        for block, asked in by_block.items():
+            module, states = captured[block]
+            q, k = (p(states[number]).unflatten(-1, (module.num_heads, -1)) for p in (module.q_proj, module.k_proj))
+            told |= {need: _ranking(need.partition("@")[0], q, k, module.scale) for need in asked}
+        if needs & _OF_LAST:
+            module, states = captured[self.encoder_depth - 1]
             keys = module.k_proj(states[number]).float()
             if "cls_whole" in needs:
                 row = keys @ module.q_proj(states[number, :1])[0].float() * keys.shape[1] ** -0.5
@@ -247,9 +262,9 @@ class Llava(Backbone):
                 told["keys_whole"] = keys[1:]
         if "patches" in needs:
             told["patches"] = captured["patches"][number, 1:]
-        if self._window > 1:
-            told = {name: self._per_token(value, grid) for name, value in told.items()}
-        return EncoderTrace(**told)
+        at_layers = {name: told.pop(name) for name in list(told) if "@" in name}
+        trace = EncoderTrace(**told, at_layers=at_layers or None)
+        return trace.map(lambda values: self._per_token(values, grid)) if self._window > 1 else trace
 
     def _per_token(self, values: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """(N, ...) the mean over each token's window, from (patches, ...) in raster order."""

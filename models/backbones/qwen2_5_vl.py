@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,7 +18,7 @@ from transformers.vision_utils import get_vision_window_index
 from visionselector_eval.baselines.contract.base import Compressor, EncoderTrace, PixelCompressor
 from visionselector_eval.baselines.contract.budget import Budget
 from visionselector_eval.baselines.contract.errors import InputError
-from visionselector_eval.models.backbones.base import ALL_TRACES, Backbone
+from visionselector_eval.models.backbones.base import ALL_TRACES, Backbone, block_of
 from visionselector_eval.models.backbones.tower import received_attention
 from visionselector_eval.models.splice import CompressedPrompt, Encoded, Prompt, VisualItem
 
@@ -26,33 +28,38 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Captured:
-    """The input of the ranking block's attention for one vision pass, patches in window order."""
+    """The input of a block's attention for one vision pass, patches in window order."""
 
     attention: Any
     hidden: Tensor  # (P, W)
     position_embeddings: tuple[Tensor, Tensor]
 
-    def trace(
-        self, start: int, grid: tuple[int, int, int], window_index: Tensor, merged: int, needs: frozenset[str]
-    ) -> EncoderTrace:
-        """Received attention and keys of the item whose patches begin at `start`, in raster order of merged tokens."""
-        n = grid[0] * grid[1] * grid[2]
-        rows = slice(start, start + n * merged)
+    def values(
+        self, rows: slice, segments: Sequence[int], raster: Tensor, merged: int, names: Collection[str]
+    ) -> dict[str, Tensor]:
+        """Received attention and keys of one item, in raster order of merged tokens.
+
+        Args:
+            rows: the item's patches.
+            segments: sizes in patches of what attention does not cross.
+            raster: (N,) the merged tokens' places in window order.
+            merged: patches of a token.
+            names: which.
+        """
         module = self.attention
-        q, k, _ = module.qkv(self.hidden[rows]).reshape(n * merged, 3, module.num_heads, -1).unbind(1)
+        q, k, _ = module.qkv(self.hidden[rows]).unflatten(-1, (3, module.num_heads, -1)).unbind(1)
         cos, sin = (part[rows] for part in self.position_embeddings)
         q, k = apply_rotary_pos_emb_vision(q, k, cos, sin)
-        raster = torch.argsort(window_index)
-        received = keys = keys_concat = None
-        if "received" in needs:
-            # One segment for each temporal step: "full" attention does not cross frames.
-            per_patch = received_attention(q, k, [grid[1] * grid[2] * merged] * grid[0], module.scaling)
-            received = per_patch.view(n, merged).mean(1)[raster]
-        if "keys" in needs:
-            keys = k.float().view(n, merged, module.num_heads, -1).mean((1, 2))[raster]
-        if "keys_concat" in needs:
-            keys_concat = k.float().view(n, merged, -1).mean(1)[raster]
-        return EncoderTrace(received=received, keys=keys, keys_concat=keys_concat)
+        told = {}
+        if "received" in names:
+            per_patch = received_attention(q, k, segments, module.scaling)
+            told["received"] = per_patch.view(-1, merged).mean(1)[raster]
+        by_token = k.float().unflatten(0, (-1, merged))
+        if "keys" in names:
+            told["keys"] = by_token.mean((1, 2))[raster]
+        if "keys_concat" in names:
+            told["keys_concat"] = by_token.flatten(2).mean(1)[raster]
+        return told
 
 
 class Qwen2_5_VL(Backbone):
@@ -61,6 +68,15 @@ class Qwen2_5_VL(Backbone):
     model_class = Qwen2_5_VLForConditionalGeneration
     rotate = staticmethod(apply_rotary_pos_emb)
     traces = frozenset({"received", "keys", "keys_concat"})
+
+    @property
+    def encoder_blocks(self) -> Sequence[Any]:
+        return self.model.model.visual.blocks
+
+    @property
+    def ranking_block(self) -> int:  # type: ignore[override]
+        """The last block with full attention."""
+        return max(self.model.config.vision_config.fullatt_block_indexes)
 
     @property
     def _merge(self) -> int:
@@ -123,57 +139,69 @@ class Qwen2_5_VL(Backbone):
         ):
             if inputs.get(pixels) is None:
                 continue
-            with self._capture(bool(needs)) as captured:
+            with self._capture(needs) as captured:
                 features = features_of(inputs[pixels], inputs[grid_name]).pooler_output
             encoded[kind] = list(self._items(_KIND_NAMES[kind], features, inputs[grid_name], captured, needs))
         return Encoded(rows=[[encoded[kind][number] for kind, number, _ in row] for row in layout])
 
     @contextmanager
-    def _capture(self, wanted: bool) -> Iterator[list[_Captured]]:
-        """Records the input of the last full-attention block's attention while the vision tower runs."""
-        captured: list[_Captured] = []
-        if not wanted:
-            yield captured
-            return
-        visual = self.model.model.visual
-        attention = visual.blocks[max(self.model.config.vision_config.fullatt_block_indexes)].attn
+    def _capture(self, needs: frozenset[str]) -> Iterator[dict[int, _Captured]]:
+        """Records the input of the attention of the blocks that `needs` name, while the vision tower runs."""
+        captured: dict[int, _Captured] = {}
 
-        def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            captured.append(_Captured(module, hidden, kwargs["position_embeddings"]))
+        def keep(block: int) -> Callable[..., None]:
+            def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                captured[block] = _Captured(module, hidden, kwargs["position_embeddings"])
 
-        handle = attention.register_forward_pre_hook(keep, with_kwargs=True)
+            return hook
+
+        handles = []
         try:
+            for block in sorted({block_of(need, self.ranking_block, self.encoder_depth) for need in needs}):
+                attention = self.encoder_blocks[block].attn
+                handles.append(attention.register_forward_pre_hook(keep(block), with_kwargs=True))
             yield captured
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def _items(
         self,
         kind: Literal["image", "video"],
         features: Sequence[Tensor],
         grids: Tensor,
-        captured: list[_Captured],
+        captured: dict[int, _Captured],
         needs: frozenset[str],
     ) -> Iterator[VisualItem]:
-        vision = self.model.config.vision_config
-        merged, start = self._merge**2, 0
+        start = 0
         for item, (t, h, w) in zip(features, grids.tolist(), strict=True):
-            grid = (t, h // self._merge, w // self._merge)
-            make_trace = None
-            if captured:
-
-                def make_trace(
-                    start: int = start, grid: tuple[int, int, int] = grid, thw: tuple = (t, h, w)
-                ) -> EncoderTrace:
-                    index, _ = get_vision_window_index(
-                        torch.tensor([thw]), self._merge, vision.window_size, vision.patch_size
-                    )
-                    with torch.no_grad():
-                        return captured[0].trace(start, grid, index.to(self.device), merged, needs)
-
-            yield VisualItem(kind=kind, grid=grid, features=item, make_trace=make_trace)
+            make_trace = partial(self._trace, captured, start, (t, h, w), needs) if captured else None
+            yield VisualItem(
+                kind=kind, grid=(t, h // self._merge, w // self._merge), features=item, make_trace=make_trace
+            )
             start += t * h * w
+
+    @torch.no_grad()
+    def _trace(
+        self, captured: Mapping[int, _Captured], start: int, thw: tuple[int, int, int], needs: frozenset[str]
+    ) -> EncoderTrace:
+        """What the tower tells of the item whose patches begin at `start`; `thw`: its grid of patches."""
+        vision = self.model.config.vision_config
+        index, bounds = get_vision_window_index(torch.tensor([thw]), self._merge, vision.window_size, vision.patch_size)
+        rows, raster = slice(start, start + math.prod(thw)), torch.argsort(index.to(self.device))
+        fields: dict[str, Tensor] = {}
+        at_layers: dict[str, Tensor] = {}
+        for block, told in captured.items():
+            asked = {need for need in needs if block_of(need, self.ranking_block, self.encoder_depth) == block}
+            # "Full" attention does not cross temporal steps, that of the other blocks not their windows.
+            whole = block in vision.fullatt_block_indexes
+            segments = [thw[1] * thw[2]] * thw[0] if whole else bounds.diff().tolist()
+            names = {need.partition("@")[0] for need in asked}
+            values = told.values(rows, segments, raster, self._merge**2, names)
+            fields |= {need: values[need] for need in asked if "@" not in need}
+            at_layers |= {need: values[need.partition("@")[0]] for need in asked if "@" in need}
+        return EncoderTrace(**fields, at_layers=at_layers or None)
 
     @torch.no_grad()
     def prompt(self, inputs: Mapping[str, Any], keys: Sequence[str]) -> Prompt:

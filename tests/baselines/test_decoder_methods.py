@@ -15,7 +15,7 @@ from visionselector_eval.baselines.contract.budget import Share
 from visionselector_eval.baselines.contract.decoder import DecoderView, shrinking
 from visionselector_eval.baselines.contract.numerics import unit_rows
 from visionselector_eval.baselines.dart import pick
-from visionselector_eval.baselines.sparsevlm import density_peaks, merged_into, raters
+from visionselector_eval.baselines.sparsevlm import cluster_means, density_peaks, merged_into, raters
 
 i, j = torch.arange(16, dtype=torch.float64)[:, None], torch.arange(6, dtype=torch.float64)
 X = torch.sin(0.37 * (i + 1) * (j + 1)) + 0.1 * torch.cos(1.7 * (i + 1))
@@ -33,7 +33,8 @@ def test_sparsevlm_raters_golden():
 
 
 def test_density_peaks_golden():
-    centres, merged = density_peaks(X, 3)
+    centres, nearest = density_peaks(X, 3)
+    merged = cluster_means(X, nearest, 3)
     assert centres.tolist() == [7, 8, 2]
     assert torch.allclose(merged[:, 0], torch.tensor([0.015784, -0.356371, 0.408207], dtype=torch.float64), atol=1e-6)
 
@@ -378,7 +379,8 @@ def test_density_peaks_agree_with_the_matrix_form(n, seed, kind, chunk, data):
     x = rows(n, 6, seed, kind)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparsevlm, "_CHUNK", chunk)
-        centres, merged = density_peaks(x, clusters)
+        centres, nearest = density_peaks(x, clusters)
+        merged = cluster_means(x, nearest, clusters)
     distance = (x[:, None] - x[None]).norm(dim=-1) / 6**0.5
     density = (-distance.sort(1).values[:, :clusters].square().mean(1)).exp()
     delta = [
