@@ -23,8 +23,10 @@ def manifests() -> list[Any]:
     """Entry point `lmms_eval.models`: the models that the stock lmms-eval command finds by id."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
+    from visionselector_eval.models.backbones import FAMILIES
+
     here = "visionselector_eval.models.lmms_eval_models"
     return [
-        ModelManifest(model_id="visionselector_qwen2_5_vl", chat_class_path=f"{here}.VisionSelectorQwen2_5_VL"),
-        ModelManifest(model_id="visionselector_llava", chat_class_path=f"{here}.VisionSelectorLlava"),
+        ModelManifest(model_id=family.model_id, chat_class_path=f"{here}.VisionSelector{family.class_name}")
+        for family in FAMILIES.values()
     ]

@@ -23,6 +23,7 @@ from visionselector_eval.baselines import Budget, build, parse_budget
 from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.baselines.contract.registry import resolve_options
 from visionselector_eval.models.answering import Answer, Answerer, CompressorAtBudget
+from visionselector_eval.models.backbones import FAMILIES, Family
 from visionselector_eval.models.backbones.base import Backbone
 from visionselector_eval.models.inputs import MediaSettings, UnsupportedMediaError
 from visionselector_eval.models.loading import default_protocol, load_backbone
@@ -201,13 +202,22 @@ class CompressedModel(lmms):
         )
 
 
-class VisionSelectorQwen2_5_VL(CompressedModel):
-    """`visionselector_qwen2_5_vl`: Qwen2.5-VL; with `protocol=lmms_eval` asked as by lmms-eval's `qwen2_5_vl`."""
+def _class_of(family: Family) -> type[CompressedModel]:
+    about = (
+        f"`{family.model_id}`: {family.about}; with `protocol=lmms_eval` asked as by lmms-eval's `{family.lmms_eval}`."
+    )
+    return type(
+        f"VisionSelector{family.class_name}",
+        (CompressedModel,),
+        {"__doc__": about, "__module__": __name__, "default_pretrained": family.pretrained},
+    )
 
-    default_pretrained = "Qwen/Qwen2.5-VL-3B-Instruct"
+
+_CLASSES = {made.__name__: made for made in map(_class_of, FAMILIES.values())}
 
 
-class VisionSelectorLlava(CompressedModel):
-    """`visionselector_llava`: LLaVA-1.5; with `protocol=lmms_eval` asked as by lmms-eval's `llava_hf`."""
-
-    default_pretrained = "llava-hf/llava-1.5-7b-hf"
+def __getattr__(name: str) -> type[CompressedModel]:
+    # One class a family (`VisionSelectorQwen2_5_VL`, ...), made from its row.
+    if name in _CLASSES:
+        return _CLASSES[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

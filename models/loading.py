@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
 from visionselector_eval.baselines.contract.errors import InputError, one_line, unknown
-from visionselector_eval.models.backbones import FAMILIES, Family
+from visionselector_eval.models.backbones import FAMILIES, Family, family_of
 from visionselector_eval.models.tiny import EMBEDDED, checkpoint, embedded
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ def _config(source: str, located: str, revision: str | None) -> Any:
     """The checkpoint's configuration; only its plain fields where transformers does not know the family's name."""
     try:
         raw = PretrainedConfig.get_config_dict(located, revision=revision)[0]
-        if raw.get("model_type") in FAMILIES and raw["model_type"] not in CONFIG_MAPPING:
+        if family_of(str(raw.get("model_type"))) and raw["model_type"] not in CONFIG_MAPPING:
             return _Fields(raw)
         return AutoConfig.from_pretrained(located, revision=revision)
     except OSError as error:
@@ -266,12 +265,14 @@ def default_protocol(source: str, revision: str | None = None, model_type: str |
 
 
 def _family(source: str, model_type: str) -> Family:
-    if model_type not in FAMILIES:
+    family = family_of(model_type)
+    if family is None:
+        known = sorted(name for row in FAMILIES.values() for name in row.model_types)
         raise InputError(
             f"checkpoint '{source}' is of family '{model_type}', which has no adapter here: "
-            f"available: {', '.join(sorted(FAMILIES))}; docs/new-backbone.md says how to write one"
+            f"available: {', '.join(known)}; docs/new-backbone.md says how to write one"
         )
-    return FAMILIES[model_type]
+    return family
 
 
 @contextmanager
@@ -314,8 +315,7 @@ def load_backbone(
     attention = choose_attention(attn_implementation, device, torch_dtype)
     located = _locate(source)
     config = _config(source, located, revision)
-    module, _, name = _family(source, config.model_type).adapter.partition(":")
-    adapter = getattr(import_module(module), name)
+    adapter = _family(source, config.model_type).load_adapter()
     raw = PretrainedConfig.get_config_dict(located, revision=revision)[0]
     foreign = adapter.foreign(source, located, revision, raw, _is_learned)
     commit = getattr(config, "_commit_hash", None)

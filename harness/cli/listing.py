@@ -29,9 +29,15 @@ def _compressors() -> str:
 
 
 def _backbones() -> str:
-    families = "\n".join(f"  {name}" for name in sorted(FAMILIES))
+    families = tabulate(
+        [
+            [family.about, ", ".join(family.model_types), family.model_id, family.protocol, family.pretrained]
+            for family in FAMILIES.values()
+        ],
+        ["family", "config.model_type", "lmms-eval model", "protocol", "for example"],
+    )
     embedded = "\n".join(f"  {name}: {entry.about}" for name, entry in EMBEDDED.items())
-    return f"backbones (config.model_type of a folder or hub id):\n{families}\nembedded backbones:\n{embedded}"
+    return f"backbones (a folder or hub id of these families):\n{families}\nembedded backbones:\n{embedded}"
 
 
 def _suites() -> str:

@@ -32,10 +32,11 @@ from visionselector_eval.harness.environment import (
     git_commit,
     installed,
 )
+from visionselector_eval.models.backbones import FAMILIES
 
 log = logging.getLogger(__name__)
 
-MODEL_IDS = ("visionselector_qwen2_5_vl", "visionselector_llava")
+MODEL_IDS = tuple(family.model_id for family in FAMILIES.values())
 _REINSTALL = "install the package again in this environment: pip install -e ."
 _HUB_SECONDS = 3.0
 

@@ -40,7 +40,7 @@ from visionselector_eval.harness.sweep.engines import engine
 from visionselector_eval.harness.sweep.run import run_sweep
 from visionselector_eval.harness.sweep.spec import SweepSpec, cells_of
 from visionselector_eval.harness.sweep.worker import Answerer, Event, WorkUnit, answer_unit, backbone_of, bound_task
-from visionselector_eval.models.lmms_eval_models import VisionSelectorQwen2_5_VL
+from visionselector_eval.models.lmms_eval_models import CompressedModel
 from visionselector_eval.models.loading import checkpoint_family
 from visionselector_eval.tasks import lmms
 
@@ -108,7 +108,7 @@ def evaluated(spec: SweepSpec, unit: WorkUnit) -> Answers:
     bound = bound_task(unit.task, unit.base_model, unit.limit)
     found = {}
     for cell in cells_of(spec):
-        model = VisionSelectorQwen2_5_VL(
+        model = CompressedModel(
             backbone=backbone_of(*unit.checkpoint),
             method=cell.method,
             budget=cell.budget,

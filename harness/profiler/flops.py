@@ -94,59 +94,6 @@ def theoretical_output(config: Any) -> int:
     return 2 * config.hidden_size * config.vocab_size
 
 
-def theoretical_vision(config: Any, grid: tuple[int, int, int]) -> int:
-    """FLOPs of Qwen2.5-VL's vision encoder for one picture or video.
-
-    Args:
-        config: the vision config.
-        grid: merged (t, h, w), N = t*h*w.
-    """
-    t, h, w = grid
-    merge = config.spatial_merge_size
-    patches, width = t * h * w * merge**2, config.hidden_size
-    voxels = config.in_channels * config.temporal_patch_size * config.patch_size**2
-    linear = 4 * width * width + 3 * width * config.intermediate_size
-    out = width * merge**2
-    merger = t * h * w * (out * out + out * config.out_hidden_size)
-    side = config.window_size // merge // config.patch_size
-    windows = [t * min(side, h - y) * min(side, w - x) * merge**2 for y in range(0, h, side) for x in range(0, w, side)]
-    whole = len(config.fullatt_block_indexes)
-    windowed = sum((n // t) ** 2 * t for n in windows)
-    attention = 4 * width * ((config.depth - whole) * windowed + whole * t * (h * w * merge**2) ** 2)
-    return 2 * patches * (voxels * width + config.depth * linear) + 2 * merger + attention
-
-
-def theoretical_clip(config: Any, pictures: int) -> int:
-    """FLOPs of a CLIP vision tower for `pictures` pictures of its size, projector not counted.
-
-    Args:
-        config: the vision config. All its blocks run, the last one included.
-    """
-    patches, width = (config.image_size // config.patch_size) ** 2, config.hidden_size
-    n = patches + 1  # the CLS token
-    linear = 4 * width * width + 2 * width * config.intermediate_size
-    pixels = config.num_channels * config.patch_size**2
-    block = 2 * n * linear + 4 * n * n * width
-    return pictures * (2 * patches * pixels * width + config.num_hidden_layers * block)
-
-
-def theoretical_projector(config: Any, patches: int) -> int:
-    """FLOPs of LLaVA-1.5's projector, or of trained token fusion in its place, for `patches` patches.
-
-    Args:
-        config: the whole model's.
-    """
-    width, out = config.vision_config.hidden_size, config.text_config.hidden_size
-    layers = config.vision_feature_layer
-    seen = width * (len(layers) if isinstance(layers, list) else 1)
-    fusion = getattr(config, "token_fusion", None)
-    if fusion is None:
-        return 2 * patches * (seen * out + out * out)
-    inner, spatial, window = fusion["fusion_hidden"], fusion["spatial_hidden"], fusion["window"] ** 2
-    blocks = patches * (seen * inner + inner * width)
-    return 2 * (blocks + patches // window * (window * width * spatial + spatial * out))
-
-
 def matmul_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of the fastest square product that was seen: what the device really gives at this precision.
 

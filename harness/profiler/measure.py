@@ -12,11 +12,6 @@ import torch
 from visionselector_eval.baselines import build
 from visionselector_eval.baselines.contract.base import Compressor
 from visionselector_eval.baselines.contract.errors import InputError
-from visionselector_eval.harness.profiler.flops import (
-    theoretical_clip,
-    theoretical_projector,
-    theoretical_vision,
-)
 from visionselector_eval.harness.profiler.phases import Clock, PhaseRecorder, clock_for
 from visionselector_eval.harness.profiler.spec import ProfileCell
 from visionselector_eval.models.generation import generation_arguments
@@ -94,21 +89,6 @@ class Profiler:
         if recorder is not None:
             recorder.switch(None)
         return compressed, entered
-
-
-def vision_flops(config: Any, inputs: Mapping[str, Any]) -> int | None:
-    """FLOPs that the shape of the vision encoder asks for; None for families whose encoder is not described here."""
-    vision = getattr(config, "vision_config", None)
-    kind = getattr(vision, "model_type", None)
-    if vision is not None and kind == "clip_vision_model" and inputs.get("pixel_values") is not None:
-        pictures = len(inputs["pixel_values"])
-        patches = pictures * (vision.image_size // vision.patch_size) ** 2
-        return theoretical_clip(vision, pictures) + theoretical_projector(config, patches)
-    if vision is None or not hasattr(vision, "fullatt_block_indexes"):
-        return None
-    grids = [g for name in ("image_grid_thw", "video_grid_thw") if inputs.get(name) is not None for g in inputs[name]]
-    merge = vision.spatial_merge_size
-    return sum(theoretical_vision(vision, (t, h // merge, w // merge)) for t, h, w in (g.tolist() for g in grids))
 
 
 def bind_cells(

@@ -21,7 +21,7 @@ from visionselector_eval.harness.profiler.flops import (
     theoretical_output,
     theoretical_prefill,
 )
-from visionselector_eval.harness.profiler.measure import BoundCell, Profiler, Prompt, vision_flops
+from visionselector_eval.harness.profiler.measure import BoundCell, Profiler, Prompt
 from visionselector_eval.harness.profiler.memory import MemoryProbe, memory_probe
 from visionselector_eval.harness.profiler.nvml import Nvml, NvmlSampler
 from visionselector_eval.harness.profiler.phases import FIRST_TOKEN, PHASES, PhaseRecorder
@@ -359,7 +359,7 @@ class Flops(Metric):
         return {
             **{f"{phase}_flops": n for phase, n in probe.flops.items()},
             "layer_flops": layers,
-            "theory_vision_flops": vision_flops(whole, prompt.inputs) if same_picture else None,
+            "theory_vision_flops": run.backbone.vision_flops(prompt.inputs) if same_picture else None,
             "theory_prefill_flops": sum(layers) + theoretical_output(config),
             "theory_decode_flops": theoretical_decode(config, lengths, recorder.forwards),
             "attention_kernels": sorted(probe.kernels.get("prefill", ())),

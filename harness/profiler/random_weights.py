@@ -8,25 +8,14 @@ the learned methods' scorer and predictor, in their published sizes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoProcessor,
-    CLIPImageProcessor,
-    GenerationConfig,
-    LlavaConfig,
-    LlavaProcessor,
-    PreTrainedModel,
-    Qwen2_5_VLConfig,
-)
+from transformers import AutoProcessor, GenerationConfig, PreTrainedModel
 
 from visionselector_eval.baselines.contract.errors import InputError, unknown
 from visionselector_eval.models.backbones import FAMILIES
-from visionselector_eval.models.backbones.llava import VICUNA_TEMPLATE
-from visionselector_eval.models.backbones.token_fusion import FusionConfig
 from visionselector_eval.models.dynamic_qwen.predictor import MARK, Predictor
 from visionselector_eval.models.tiny import checkpoint
 
@@ -85,17 +74,14 @@ _LLAVA_TINY: tuple[dict[str, Any], dict[str, Any]] = (
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's sizes. `family` is the adapter's name; `text` and `vision` go over the family's config.
-
-    `fused`: with trained token fusion of the published sizes.
-    """
+    """A model's sizes: those of the LLM and of the vision encoder, and what else the family's adapter takes."""
 
     family: str
     about: str
     text: dict[str, Any]
     vision: dict[str, Any]
     tied: bool
-    fused: bool = False
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 SHAPES: dict[str, Shape] = {
@@ -182,11 +168,16 @@ SHAPES: dict[str, Shape] = {
         tied=False,
     ),
     "llava_stf_7b": Shape(
-        "llava", "LLaVA-STF-7B: trained token fusion, 144 tokens a picture", _VICUNA_7B, _CLIP, tied=False, fused=True
+        "llava",
+        "LLaVA-STF-7B: trained token fusion, 144 tokens a picture",
+        _VICUNA_7B,
+        _CLIP,
+        tied=False,
+        more={"fused": True},
     ),
     "llava_tiny": Shape("llava", "a quarter of a million parameters, to try a command", *_LLAVA_TINY, tied=False),
     "llava_stf_tiny": Shape(
-        "llava", "the same with token fusion, 16 tokens a picture", *_LLAVA_TINY, tied=False, fused=True
+        "llava", "the same with token fusion, 16 tokens a picture", *_LLAVA_TINY, tied=False, more={"fused": True}
     ),
 }
 # Shapes that people ask for whose family has no adapter yet.
@@ -210,78 +201,15 @@ def shape_named(name: str) -> Shape:
 
 
 def processor(shape: Shape) -> Any:
-    """A processor for a shape: the embedded checkpoint's tokenizer, the family's pictures and prompt."""
+    """A processor for a shape: the embedded checkpoint's tokenizer, the family's images and prompt."""
     own = AutoProcessor.from_pretrained(str(checkpoint()))
-    if shape.family == "qwen2_5_vl":
-        return own
-    own.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    side = shape.vision["image_size"]
-    return LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
-        own.tokenizer,
-        patch_size=shape.vision["patch_size"] * (FusionConfig.published(1).window if shape.fused else 1),
-        vision_feature_select_strategy="default",
-        chat_template=VICUNA_TEMPLATE,
-        num_additional_image_tokens=1,
-    )
+    return FAMILIES[shape.family].load_adapter().processor_of(shape.vision, own, **shape.more)
 
 
 def shape_config(shape: Shape, processor: Any) -> Any:
     """The transformers config of a shape, with the token ids of `processor`."""
-    return (_llava_config if shape.family == "llava" else _qwen_config)(shape, processor.tokenizer)
-
-
-def _llava_config(shape: Shape, tokens: Any) -> LlavaConfig:
-    common: dict[str, Any] = {
-        "bos_token_id": None,
-        "eos_token_id": tokens.eos_token_id,
-        "pad_token_id": tokens.pad_token_id,
-    }
-    fusion = FusionConfig.published(shape.vision["hidden_size"])
-    fused: dict[str, Any] = {}
-    if shape.fused:
-        fused = {"token_fusion": fusion.as_dict(), "vision_feature_layer": list(fusion.layers)}
-    return LlavaConfig(
-        text_config={"model_type": "llama", **shape.text, "tie_word_embeddings": shape.tied, **common},
-        vision_config={"model_type": "clip_vision_model", **shape.vision},
-        image_token_index=tokens.convert_tokens_to_ids("<image>"),
-        tie_word_embeddings=shape.tied,
-        **fused,
-        **common,
-    )
-
-
-def _qwen_config(shape: Shape, tokens: Any) -> Qwen2_5_VLConfig:
-    text = dict(shape.text)
-    section = text.pop("mrope_section")
-    ids: dict[str, Any] = {
-        f"{place}_token_id": tokens.convert_tokens_to_ids(f"<|{token}|>")
-        for place, token in (("image", "image_pad"), ("video", "video_pad"))
-    }
-    for edge in ("start", "end"):
-        ids[f"vision_{edge}_token_id"] = tokens.convert_tokens_to_ids(f"<|vision_{edge}|>")
-    common = {"bos_token_id": None, "eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id}
-    return Qwen2_5_VLConfig(
-        text_config={
-            **text,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section},
-            "tie_word_embeddings": shape.tied,
-            **common,
-        },
-        vision_config={
-            **shape.vision,
-            "out_hidden_size": text["hidden_size"],
-            "window_size": 112,
-            "patch_size": 14,
-            "temporal_patch_size": 2,
-            "spatial_merge_size": 2,
-            "tokens_per_second": 2,
-        },
-        tie_word_embeddings=shape.tied,
-        **ids,
-        **common,
-    )
+    adapter = FAMILIES[shape.family].load_adapter()
+    return adapter.config_of(shape.text, shape.vision, processor.tokenizer, tied=shape.tied, **shape.more)
 
 
 def fill(model: torch.nn.Module, seed: int) -> None:
@@ -312,8 +240,7 @@ def build_random(
         torch.OutOfMemoryError: it does not fit.
     """
     shape = shape_named(name)
-    module, _, attribute = FAMILIES[shape.family].adapter.partition(":")
-    adapter = getattr(import_module(module), attribute)
+    adapter = FAMILIES[shape.family].load_adapter()
     front = processor(shape)
     config = shape_config(shape, front)
     config._attn_implementation = attention

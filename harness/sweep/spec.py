@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from visionselector_eval.baselines.contract.budget import Budget, Share
 from visionselector_eval.baselines.contract.errors import InputError, unknown
 from visionselector_eval.baselines.contract.registry import options_of, resolve_options
+from visionselector_eval.models.backbones import FAMILIES
 from visionselector_eval.models.generation import GENERATION_KEYS, generation_arguments
 from visionselector_eval.models.protocols import PROTOCOLS, media_fields, protocol_named
 from visionselector_eval.models.settings import BudgetField, Flag, Settings
@@ -128,8 +129,8 @@ ProtocolName = Annotated[
     Field(
         description="pixels, frames and prompts: "
         + "; ".join(f"{name} ({row.about})" for name, row in PROTOCOLS.items())
-        + "; auto: checkpoint for the embedded `tiny`, else what the family's papers use: visionselector for "
-        "Qwen2.5-VL, llava_stf for LLaVA-1.5",
+        + "; auto: checkpoint for the embedded `tiny`, else what the family's papers use: "
+        + ", ".join(f"{family.protocol} for {family.about}" for family in FAMILIES.values()),
     ),
 ]
 MinPixels = Annotated[

@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -21,6 +20,7 @@ from visionselector_eval.models import planes
 from visionselector_eval.models.decoder_pruning import DecoderPruning, refuse_unusual_generation
 from visionselector_eval.models.decoder_view import Entered, LayerAccess, entered
 from visionselector_eval.models.instrumentation import step
+from visionselector_eval.models.question import Question
 from visionselector_eval.models.splice import CompressedPrompt, Encoded, Prompt, prompt_key, splice
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class Backbone(ABC):
         revision: hub commit, or a hash of the folder's files.
         model, processor: the transformers objects.
         host: what compressors may know of it.
+        question: finds the question's tokens in a prompt.
     """
 
     model_class: ClassVar[Any]  # the transformers class that `load_backbone` loads the weights with
@@ -135,6 +136,7 @@ class Backbone(ABC):
             traces=self.traces,
             encoder_depth=self.encoder_depth,
         )
+        self.question = Question(processor)
         self._bound: dict[Compressor, Compressor] = {}
 
     @classmethod
@@ -178,6 +180,30 @@ class Backbone(ABC):
         """`inputs` with pixels lowered by a compressor of stage `pixels`."""
 
     # What is the same for all -----------------------------------------------------------------------------------------
+
+    # What a profile asks ----------------------------------------------------------------------------------------------
+
+    def vision_flops(self, inputs: Mapping[str, Any]) -> int | None:
+        """FLOPs that the shape of the vision encoder asks for; None where it is not described."""
+        return None
+
+    @classmethod
+    def config_of(
+        cls, text: Mapping[str, Any], vision: Mapping[str, Any], tokenizer: Any, *, tied: bool, **more: Any
+    ) -> Any:
+        """The transformers configuration of a model of these sizes, with the token ids of `tokenizer`.
+
+        Args:
+            text, vision: sizes of the LLM and of the vision encoder, over the family's own values.
+            tied: whether the LLM's input and output embeddings are one.
+            more: what else the family's shapes have (`fused`).
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def processor_of(cls, vision: Mapping[str, Any], processor: Any, **more: Any) -> Any:
+        """A processor for a model of these sizes, made of the embedded checkpoint's; `more` as for `config_of`."""
+        return processor
 
     @property
     def width(self) -> int:
@@ -247,42 +273,6 @@ class Backbone(ABC):
         for name in names:
             block_of(name, 0, self.encoder_depth)
         return names
-
-    def question(self, ids: Tensor, mask: Tensor, visual: Tensor, markers: Sequence[int] = ()) -> Tensor:
-        """(B, S) bool: plain text of the user's turn, from its last picture up to the turn's end; else all plain text.
-
-        Args:
-            ids, mask, visual: (B, S) token ids, attention mask and placeholders.
-            markers: ids that close a picture.
-        """
-        special = torch.tensor(sorted(self.processor.tokenizer.all_special_ids), device=ids.device)
-        plain = mask.bool() & ~visual & ~torch.isin(ids, special)
-        boundary = visual | torch.isin(ids, torch.tensor(markers, dtype=ids.dtype, device=ids.device))
-        columns = torch.arange(ids.shape[1], device=ids.device)
-        last = torch.where(boundary, columns, -1).amax(1, keepdim=True)
-        # The turn ends with the first special token behind the last picture, or where the template bids to answer.
-        closing = torch.isin(ids, special) & (columns > last)
-        tail = torch.tensor(self._bid, dtype=ids.dtype, device=ids.device)
-        if 0 < len(tail) <= ids.shape[1]:
-            closing[:, -len(tail)] |= (ids[:, -len(tail) :] == tail).all(1)
-        end = torch.where(closing, columns, ids.shape[1]).amin(1, keepdim=True)
-        question = plain & (columns > last) & (columns < end)
-        return torch.where(question.any(1, keepdim=True), question, plain)
-
-    @cached_property
-    def _bid(self) -> list[int]:
-        """The tokens with which the chat template bids the model to answer; none where there is no template."""
-        messages = [{"role": "user", "content": [{"type": "text", "text": "x"}]}]
-        try:
-            said, bidden = (
-                self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=bid)
-                for bid in (False, True)
-            )
-        except ValueError:  # no template
-            return []
-        before, whole = (self.processor.tokenizer(text)["input_ids"] for text in (said, bidden))
-        same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
-        return whole[same:]
 
     @property
     def device(self) -> torch.device:
@@ -400,8 +390,7 @@ class Backbone(ABC):
     @contextmanager
     def _hooked(self, compressed: CompressedPrompt) -> Iterator[DecoderPruning | None]:
         """The hooks that a prompt needs inside the LLM: those that drop tokens there, and those that add planes."""
-        access = self.layer_access
-        pruning = DecoderPruning(access, compressed) if compressed.decoder is not None else None
+        pruning = DecoderPruning(self.layer_access, compressed) if compressed.decoder is not None else None
 
         def placed(layer: int) -> tuple[Tensor, Sequence[Tensor]]:
             return compressed.visual, compressed.planes[layer]
@@ -411,7 +400,7 @@ class Backbone(ABC):
                 stack.enter_context(pruning.installed())
             if compressed.planes:
                 at = placed if pruning is None else pruning.planes_at
-                stack.enter_context(planes.added(access.layers, len(compressed.planes), at))
+                stack.enter_context(planes.added(self.layer_access.layers, len(compressed.planes), at))
             yield pruning
 
     @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
-from transformers import LlavaForConditionalGeneration
+from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from visionselector_eval.baselines.contract.base import Compressor, EncoderTrace, PixelCompressor, weights_digest
@@ -17,7 +17,7 @@ from visionselector_eval.baselines.contract.budget import Budget
 from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.models.backbones.base import ALL_TRACES, AT_LAYERS, Backbone, Foreign, block_of
 from visionselector_eval.models.backbones.llava_original import OriginalLlava, is_original
-from visionselector_eval.models.backbones.token_fusion import FusedLlava, TokenFusion, fuse
+from visionselector_eval.models.backbones.token_fusion import FusedLlava, FusionConfig, TokenFusion, fuse
 from visionselector_eval.models.backbones.tower import received_attention
 from visionselector_eval.models.splice import Encoded, Prompt, VisualItem, repad
 
@@ -308,3 +308,89 @@ class Llava(Backbone):
             "attention_mask": real.to(inputs["attention_mask"].dtype),
             "pixel_values": smaller.to(inputs["pixel_values"].dtype),
         }
+
+    def vision_flops(self, inputs: Mapping[str, Any]) -> int | None:
+        """Of the tower and of the projector; None without images."""
+        if inputs.get("pixel_values") is None:
+            return None
+        config = self.model.config
+        images = len(inputs["pixel_values"])
+        patches = images * (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        return clip_flops(config.vision_config, images) + projector_flops(config, patches)
+
+    @classmethod
+    def config_of(
+        cls,
+        text: Mapping[str, Any],
+        vision: Mapping[str, Any],
+        tokenizer: Any,
+        *,
+        tied: bool,
+        fused: bool = False,
+        **more: Any,
+    ) -> LlavaConfig:
+        """As `Backbone.config_of`; `fused`: with trained token fusion of the published sizes."""
+        common: dict[str, Any] = {
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        fusion = FusionConfig.published(vision["hidden_size"])
+        own: dict[str, Any] = {}
+        if fused:
+            own = {"token_fusion": fusion.as_dict(), "vision_feature_layer": list(fusion.layers)}
+        return LlavaConfig(
+            text_config={"model_type": "llama", **text, "tie_word_embeddings": tied, **common},
+            vision_config={"model_type": "clip_vision_model", **vision},
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            tie_word_embeddings=tied,
+            **own,
+            **common,
+        )
+
+    @classmethod
+    def processor_of(
+        cls, vision: Mapping[str, Any], processor: Any, *, fused: bool = False, **more: Any
+    ) -> LlavaProcessor:
+        """Images of the tower's size, LLaVA's prompt, the tokenizer of `processor`."""
+        processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        side = vision["image_size"]
+        return LlavaProcessor(
+            CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+            processor.tokenizer,
+            patch_size=vision["patch_size"] * (FusionConfig.published(1).window if fused else 1),
+            vision_feature_select_strategy="default",
+            chat_template=VICUNA_TEMPLATE,
+            num_additional_image_tokens=1,
+        )
+
+
+def clip_flops(config: Any, pictures: int) -> int:
+    """FLOPs of a CLIP vision tower for `pictures` pictures of its size, projector not counted.
+
+    Args:
+        config: the vision config. All its blocks run, the last one included.
+    """
+    patches, width = (config.image_size // config.patch_size) ** 2, config.hidden_size
+    n = patches + 1  # the CLS token
+    linear = 4 * width * width + 2 * width * config.intermediate_size
+    pixels = config.num_channels * config.patch_size**2
+    block = 2 * n * linear + 4 * n * n * width
+    return pictures * (2 * patches * pixels * width + config.num_hidden_layers * block)
+
+
+def projector_flops(config: Any, patches: int) -> int:
+    """FLOPs of LLaVA-1.5's projector, or of trained token fusion in its place, for `patches` patches.
+
+    Args:
+        config: the whole model's.
+    """
+    width, out = config.vision_config.hidden_size, config.text_config.hidden_size
+    layers = config.vision_feature_layer
+    seen = width * (len(layers) if isinstance(layers, list) else 1)
+    fusion = getattr(config, "token_fusion", None)
+    if fusion is None:
+        return 2 * patches * (seen * out + out * out)
+    inner, spatial, window = fusion["fusion_hidden"], fusion["spatial_hidden"], fusion["window"] ** 2
+    blocks = patches * (seen * inner + inner * width)
+    return 2 * (blocks + patches // window * (window * width * spatial + spatial * out))

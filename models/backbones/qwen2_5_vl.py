@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.nn import functional as F
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb, apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_window_index
 
@@ -286,6 +286,48 @@ class Qwen2_5_VL(Backbone):
             new_grids.append((t, new_h * m, new_w * m))
         return torch.cat(patches), torch.tensor(new_grids, device=grids.device, dtype=grids.dtype)
 
+    def vision_flops(self, inputs: Mapping[str, Any]) -> int | None:
+        """Of images and videos together."""
+        vision = self.model.config.vision_config
+        grids = [g for name in _GRIDS if inputs.get(name) is not None for g in inputs[name].tolist()]
+        return sum(tower_flops(vision, (t, h // self._merge, w // self._merge)) for t, h, w in grids)
+
+    @classmethod
+    def config_of(
+        cls, text: Mapping[str, Any], vision: Mapping[str, Any], tokenizer: Any, *, tied: bool, **more: Any
+    ) -> Qwen2_5_VLConfig:
+        """As `Backbone.config_of`; `text` has the family's `mrope_section`."""
+        sizes = dict(text)
+        section = sizes.pop("mrope_section")
+        ids: dict[str, Any] = {
+            f"{place}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+            for place, token in (("image", "image_pad"), ("video", "video_pad"))
+        }
+        for edge in ("start", "end"):
+            ids[f"vision_{edge}_token_id"] = tokenizer.convert_tokens_to_ids(f"<|vision_{edge}|>")
+        common = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        return Qwen2_5_VLConfig(
+            text_config={
+                **sizes,
+                "rms_norm_eps": 1e-6,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section},
+                "tie_word_embeddings": tied,
+                **common,
+            },
+            vision_config={
+                **vision,
+                "out_hidden_size": sizes["hidden_size"],
+                "window_size": 112,
+                "patch_size": 14,
+                "temporal_patch_size": 2,
+                "spatial_merge_size": 2,
+                "tokens_per_second": 2,
+            },
+            tie_word_embeddings=tied,
+            **ids,
+            **common,
+        )
+
     def llm_positions(self, compressed: CompressedPrompt) -> Tensor:
         """(4, B, S'): plain positions for the mask, then the 3-D positions, as transformers expects them."""
         plain = (compressed.attention_mask.cumsum(-1) - 1).clamp_min(0)
@@ -293,3 +335,26 @@ class Qwen2_5_VL(Backbone):
 
 
 _KIND_NAMES: dict[int, Literal["image", "video"]] = {1: "image", 2: "video"}
+_GRIDS = ("image_grid_thw", "video_grid_thw")
+
+
+def tower_flops(config: Any, grid: tuple[int, int, int]) -> int:
+    """FLOPs of Qwen2.5-VL's vision encoder for one picture or video.
+
+    Args:
+        config: the vision config.
+        grid: merged (t, h, w), N = t*h*w.
+    """
+    t, h, w = grid
+    merge = config.spatial_merge_size
+    patches, width = t * h * w * merge**2, config.hidden_size
+    voxels = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    linear = 4 * width * width + 3 * width * config.intermediate_size
+    out = width * merge**2
+    merger = t * h * w * (out * out + out * config.out_hidden_size)
+    side = config.window_size // merge // config.patch_size
+    windows = [t * min(side, h - y) * min(side, w - x) * merge**2 for y in range(0, h, side) for x in range(0, w, side)]
+    whole = len(config.fullatt_block_indexes)
+    windowed = sum((n // t) ** 2 * t for n in windows)
+    attention = 4 * width * ((config.depth - whole) * windowed + whole * t * (h * w * merge**2) ** 2)
+    return 2 * patches * (voxels * width + config.depth * linear) + 2 * merger + attention

@@ -108,7 +108,7 @@ def chart(root: Path, **changes: Any) -> Path:
         ("column", r"task chartqa: .* lacks the column question \(it has type, answer, image\)"),
         ("empty", r"task chartqa has no documents: .*test\.parquet \(parquet\) is empty"),
         ("odd", r"limit 3 for mme: its documents are scored in groups of 2, try 4"),
-        ("choice", r"'on_bad_document'.* 'fail' or 'skip', got 'maybe'"),
+        ("choice", r"invalid on_bad_document 'maybe' in the spec: expected 'fail' or 'skip'"),
     ],
 )
 def test_what_can_not_be_run_is_one_line(what: str, said: str, run: Any, tmp_path: Path) -> None:

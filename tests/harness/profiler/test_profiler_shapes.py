@@ -12,20 +12,17 @@ from visionselector_eval.baselines.contract.budget import Share
 from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.harness.profiler.flops import (
     matmul_ceiling,
-    theoretical_clip,
     theoretical_decode,
     theoretical_output,
     theoretical_prefill,
-    theoretical_projector,
-    theoretical_vision,
 )
 from visionselector_eval.harness.profiler.measure import BoundCell, Profiler, Prompt
 from visionselector_eval.harness.profiler.metrics import Flops, Memory, Time
 from visionselector_eval.harness.profiler.random_weights import SHAPES, build_random, processor, shape_config
 from visionselector_eval.harness.profiler.spec import cell_of
 from visionselector_eval.harness.profiler.workloads import check_length, grid_of, synthetic
-from visionselector_eval.models.backbones.llava import Llava
-from visionselector_eval.models.backbones.qwen2_5_vl import Qwen2_5_VL
+from visionselector_eval.models.backbones.llava import Llava, clip_flops, projector_flops
+from visionselector_eval.models.backbones.qwen2_5_vl import Qwen2_5_VL, tower_flops
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +146,7 @@ def test_counted_flops_are_those_of_the_shapes(shaped, method, tokens) -> None:
     assert (
         row["vision_flops"]
         == row["theory_vision_flops"]
-        == theoretical_vision(shaped.model.config.vision_config, (1, *grid_of(tokens)))
+        == tower_flops(shaped.model.config.vision_config, (1, *grid_of(tokens)))
     )
     assert (row["compressor_flops"] > 0) == (method in ("fastv", "pyramiddrop"))
     assert row["attention_kernels"] == ["aten._scaled_dot_product_flash_attention_for_cpu"]
@@ -165,7 +162,7 @@ def test_counted_flops_of_a_clip_tower_are_those_of_the_shapes(shape, tokens, me
     row = Flops().measure(Profiler(made, 4), bound, Prompt("d", inputs))
     config = made.model.config
     assert row["vision_flops"] == row["theory_vision_flops"]
-    assert row["vision_flops"] == theoretical_clip(config.vision_config, 2) + theoretical_projector(config, 128)
+    assert row["vision_flops"] == clip_flops(config.vision_config, 2) + projector_flops(config, 128)
     assert row["prefill_flops"] == row["theory_prefill_flops"]
     assert row["decode_flops"] == row["theory_decode_flops"]
 
