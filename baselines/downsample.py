@@ -1,4 +1,4 @@
-"""`downsample`: the control that every method has to beat: the same picture at fewer pixels."""
+"""`downsample`: the control that every method has to beat: the same image at fewer pixels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Downsample(PixelCompressor):
 
     Source: VTC-Bench, arXiv 2510.07143. Upstream shrinks the original file by an integer factor s with
     retention 1/s^2 and resizes once more to the processor's grid; here one resize starts from the full row's pixels, so
-    that min_pixels can never scale a small picture up again and void the control.
+    that min_pixels can never scale a small image up again and void the control.
     """
 
     name = "downsample"
@@ -30,7 +30,7 @@ class Downsample(PixelCompressor):
     cost = "one resize; the vision encoder gets fewer pixels, too"
 
     def size(self, height: int, width: int, count: int) -> tuple[int, int]:
-        """The lowered size of a picture, in merged tokens.
+        """The lowered size of an image, in merged tokens.
 
         Args:
             height, width: tokens of one frame at full size.
@@ -46,7 +46,7 @@ class Downsample(PixelCompressor):
             return max(1, round(height / s)), max(1, round(width / s))
         factor = math.sqrt(ratio)
         h, w = max(1, math.floor(height * factor)), max(1, math.floor(width * factor))
-        if h * w > count:  # a very long picture: the short side is already one token
+        if h * w > count:  # a very long image: the short side is already one token
             return (1, count) if w > h else (count, 1)
         # Both sides were rounded down: give the one that lost more its token back where the budget has room.
         for grow_h, grow_w in sorted(((1, 0), (0, 1)), key=lambda g: (h / height, w / width)[g[1]]):

@@ -1,4 +1,4 @@
-"""`holov`: the budget is shared among runs of the picture by their attention (HoloV)."""
+"""`holov`: the budget is shared among runs of the image by their attention (HoloV)."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def embedded_benchmarks() -> str:
         about = suites.entry(name).about
         asked = [f"{_question(d)} `{d.answer}`" for d in gallery.shown(name)]
         numbered = "".join(f"{i + 1}. {text}\n" for i, text in enumerate(asked))
-        image = f"![{name}](pictures/benchmarks/{name}.png)"
+        image = f"![{name}](images/benchmarks/{name}.png)"
         parts.append(f"### {name}\n\n{about[0].upper()}{about[1:]}.\n\n{image}\n\n{numbered}")
     return "\n".join(parts)
 

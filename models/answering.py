@@ -134,7 +134,7 @@ class Answerer:
         """Decode and preprocess a batch.
 
         Raises:
-            InputError: a picture or video that can't be read, or anything that the processor does not take.
+            InputError: an image or video that can't be read, or anything that the processor does not take.
         """
         try:
             return build_inputs(self.backbone.processor, [r.messages() for r in requests], self.settings)

@@ -54,7 +54,7 @@ class Problem:
         return f"{self.promise} ({self.prompt}): {self.found}"
 
 
-def _picture(height: int, width: int, seed: int) -> Image.Image:
+def _image(height: int, width: int, seed: int) -> Image.Image:
     """Noise at two scales, so that tokens differ."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 255, (height // 28, width // 28, 3), dtype=np.uint8))
@@ -69,8 +69,8 @@ def _user(*parts: Any) -> list[dict[str, Any]]:
 
 
 def _conversations() -> dict[str, list[list[dict[str, Any]]]]:
-    large, small = _picture(224, 280, 0), _picture(140, 112, 1)
-    frames = np.stack([np.asarray(_picture(84, 112, seed)) for seed in range(4)])
+    large, small = _image(224, 280, 0), _image(140, 112, 1)
+    frames = np.stack([np.asarray(_image(84, 112, seed)) for seed in range(4)])
     clip = (frames, {"fps": 2.0, "frames_indices": [0, 1, 2, 3], "total_num_frames": 4})
     one, two = _user(large, "What is it?"), _user(large, "and", small, "What are they?")
     video, words = _user(clip, "What moves?"), _user("Just text.")

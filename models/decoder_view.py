@@ -136,7 +136,7 @@ class Entered:
 
     Attributes:
         kept: for each prompt the visual indices that reached the last layer, ascending, CPU.
-        scores: for each prompt (N,) float or None: those of the first stage, for pictures.
+        scores: for each prompt (N,) float or None: those of the first stage, for images.
         position_ids: (P, B, S');
         attention_mask: (B, S'): of the last layer.
         layer_lengths: tokens entering each layer, the largest of the batch.

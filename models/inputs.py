@@ -1,4 +1,4 @@
-"""From chat messages with pictures and videos to what the backbone's processor returns."""
+"""From chat messages with images and videos to what the backbone's processor returns."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class UnsupportedMediaError(InputError):
 
 @dataclass(frozen=True, kw_only=True)
 class MediaSettings:
-    """How pictures and videos become pixels; None leaves the checkpoint's own processor setting.
+    """How images and videos become pixels; None leaves the checkpoint's own processor setting.
 
     Attributes:
-        min_pixels, max_pixels: bounds of a picture's area after resizing; they do not move vision towers that take one
-            picture size alone (LLaVA-1.5).
-        side: pictures become squares of this many pixels a side, stretched unless `pad_square`, instead of those
+        min_pixels, max_pixels: bounds of an image's area after resizing; they do not move vision towers that take one
+            image size alone (LLaVA-1.5).
+        side: images become squares of this many pixels a side, stretched unless `pad_square`, instead of those
             bounds.
-        pillow_resize: what Pillow does to a picture before the processor sees it. None: nothing. "bounded": resizes it
+        pillow_resize: what Pillow does to an image before the processor sees it. None: nothing. "bounded": resizes it
             to whole tokens within min_pixels..max_pixels. "rounded": resizes it to whole tokens near its own size, so
             that the processor resizes it a second time; transparent parts become white.
         video_min_pixels, video_max_pixels: bounds of one frame's area.
@@ -39,9 +39,9 @@ class MediaSettings:
             unless it is one, because towers of videos take frames by two.
         fps: frames a second to show (still at most max_num_frames); None spreads max_num_frames over the whole video.
         system_prompt: first turn of every conversation; None leaves the chat template's own.
-        jpeg: re-encode each picture as JPEG at Pillow's default quality, as the published harness does. Hurts small
+        jpeg: re-encode each image as JPEG at Pillow's default quality, as the published harness does. Hurts small
             text.
-        pad_square: pad each picture to a square in the mean colour of CLIP's training pictures, as LLaVA does.
+        pad_square: pad each image to a square in the mean colour of CLIP's training images, as LLaVA does.
         repeat_frames: the published harness's sampling: 2 frames a second (at least 4, at most 768), then exactly
             `max_num_frames` of these by index, so that short clips show frames several times, and a clock that always
             says 2 frames a second. Off everywhere unless asked for: repeated frames are free redundancy for a
@@ -78,9 +78,9 @@ class MediaSettings:
 _FRAMES_BY = 2  # frames that Qwen's vision towers take together
 _SAMPLED_FPS, _SAMPLED_LEAST, _SAMPLED_MOST = 2.0, 4, 768  # of qwen_vl_utils, where nothing else is asked for
 _CLIP_CONTEXT, _CLIP_PART = 128_000, 0.9  # of qwen_vl_utils: tokens of a context, and what a clip may fill of it
-_PILLOW_TOKENS = (4, 16_384)  # of qwen_vl_utils: a picture's tokens, where no bounds are given
+_PILLOW_TOKENS = (4, 16_384)  # of qwen_vl_utils: an image's tokens, where no bounds are given
 _MOST_OBLONG = 200  # of the family's processors: longest side over shortest
-_CLIP_MEAN = (122, 116, 104)  # 8-bit mean of CLIP's training pictures
+_CLIP_MEAN = (122, 116, 104)  # 8-bit mean of CLIP's training images
 
 
 def sampled_frames(total: int, native_fps: float) -> int:
@@ -180,10 +180,10 @@ def read_video(path: str | Path, settings: MediaSettings) -> tuple[np.ndarray, d
 
 
 def read_image(value: Any, *, on_white: bool = False) -> Image.Image:
-    """A PIL picture in RGB from a picture, a path or an array; with `on_white`, transparent parts are white.
+    """A PIL image in RGB from an image, a path or an array; with `on_white`, transparent parts are white.
 
     Raises:
-        InputError: where the file is missing or is no picture.
+        InputError: where the file is missing or is no image.
     """
     if isinstance(value, np.ndarray):
         value = Image.fromarray(value)
@@ -207,7 +207,7 @@ def _opaque(image: Image.Image, on_white: bool) -> Image.Image:
 
 
 def prepare_image(image: Image.Image, settings: MediaSettings) -> Image.Image:
-    """A picture as the protocol wants it, before the processor resizes it."""
+    """An image as the protocol wants it, before the processor resizes it."""
     if settings.jpeg:
         buffer = BytesIO()
         image.save(buffer, format="JPEG")
@@ -223,12 +223,12 @@ def prepare_image(image: Image.Image, settings: MediaSettings) -> Image.Image:
 def build_inputs(
     processor: Any, conversations: Sequence[Sequence[Mapping[str, Any]]], settings: MediaSettings
 ) -> dict[str, Any]:
-    """Tokenise a batch of conversations with their pictures and videos.
+    """Tokenise a batch of conversations with their images and videos.
 
     Args:
         processor: the backbone's transformers processor.
         conversations: one a sample; a message is {"role", "content"}, content a list of {"type": "text", "text"},
-            {"type": "image", "image": picture or path} and {"type": "video", "video": path or (frames, metadata)}.
+            {"type": "image", "image": image or path} and {"type": "video", "video": path or (frames, metadata)}.
         settings: pixels, frames and system prompt.
 
     Returns:
@@ -256,7 +256,7 @@ def build_inputs(
                 elif part["type"] == "video":
                     if getattr(processor, "video_processor", None) is None:
                         raise UnsupportedMediaError(
-                            "this backbone takes pictures, no videos: its checkpoint has no video processor"
+                            "this backbone takes images, no videos: its checkpoint has no video processor"
                         )
                     source = part["video"]
                     frames, about = source if isinstance(source, tuple) else read_video(source, settings)
@@ -290,7 +290,7 @@ def process(
     """Run the backbone's processor over rendered prompts and the media that they show, with the pixels of `settings`.
 
     Args:
-        texts: prompts with one placeholder for each picture and video.
+        texts: prompts with one placeholder for each image and video.
         images: RGB, all prompts' in order.
         videos: (T, H, W, 3) uint8 each;
         metadata: of each, as `read_video` gives it.
@@ -341,7 +341,7 @@ def process(
 
 
 def _bounds(processor: Any, low: int | None, high: int | None) -> tuple[int, int] | None:
-    """Smallest and largest area that a processor is to give; None for a tower of one picture size, which has none."""
+    """Smallest and largest area that a processor is to give; None for a tower of one image size, which has none."""
     own = processor.size
     if "longest_edge" not in own or "shortest_edge" not in own or not hasattr(processor, "merge_size"):
         return None
@@ -361,11 +361,11 @@ def whole_tokens(height: int, width: int, token: int, low: float, high: float) -
         low, high: bounds of the area.
 
     Raises:
-        InputError: a picture longer than the family's processors take.
+        InputError: an image longer than the family's processors take.
     """
     if max(height, width) > _MOST_OBLONG * min(height, width):
         raise InputError(
-            f"a picture of {width}x{height} pixels is more than {_MOST_OBLONG} times as long as wide: crop it"
+            f"an image of {width}x{height} pixels is more than {_MOST_OBLONG} times as long as wide: crop it"
         )
     sides = [max(1, round(side / token)) * token for side in (height, width)]
     if sides[0] * sides[1] > high:

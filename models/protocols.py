@@ -17,7 +17,7 @@ class Protocol(NamedTuple):
     Attributes:
         about: what it is, in one line.
         fields: the fields of `MediaSettings` that it sets; the rest keeps the checkpoint's own.
-        media_first: every picture and video stands before one text, as lmms-eval's simple models ask; else where the
+        media_first: every image and video stands before one text, as lmms-eval's simple models ask; else where the
             task's own messages have it.
         new_tokens: task -> (the task's own `max_new_tokens`, the one that replaces it). Another value was asked for by
             the user, and stays.
@@ -31,7 +31,7 @@ class Protocol(NamedTuple):
 
 PROTOCOLS: dict[str, Protocol] = {
     "visionselector": Protocol(
-        "as published with VisionSelector: 256 to 2048 tokens a picture, pictures re-encoded as JPEG and before the "
+        "as published with VisionSelector: 256 to 2048 tokens an image, images re-encoded as JPEG and before the "
         "text, 32 frames of 256 to 768 tokens, fewer where two frames a second are more than 300",
         {
             "min_pixels": 256 * TOKEN,
@@ -49,11 +49,11 @@ PROTOCOLS: dict[str, Protocol] = {
         new_tokens={"mmmu_val": (128, 16), "tiny_mmmu_val": (128, 16)},
     ),
     "llava_stf": Protocol(
-        "as published with LLaVA-STF: pictures padded to a square of 336 px",
+        "as published with LLaVA-STF: images padded to a square of 336 px",
         {"side": 336, "pad_square": True},
     ),
     "lmms_eval": Protocol(
-        "as lmms-eval's own model of the family: for qwen2_5_vl 256 to 2048 tokens a picture, 32 frames of 256 to 768 "
+        "as lmms-eval's own model of the family: for qwen2_5_vl 256 to 2048 tokens an image, 32 frames of 256 to 768 "
         "tokens; for llava_hf what the checkpoint says",
         {
             "min_pixels": 256 * TOKEN,
@@ -66,15 +66,15 @@ PROTOCOLS: dict[str, Protocol] = {
         },
     ),
     "square_1008": Protocol(
-        "as CDPruner is published on Qwen2.5-VL: pictures padded to a square of 1008 px (1296 tokens)",
+        "as CDPruner is published on Qwen2.5-VL: images padded to a square of 1008 px (1296 tokens)",
         {"side": 1008, "pad_square": True},
     ),
     "square_896": Protocol(
-        "as other papers on Qwen2.5-VL: pictures stretched to a square of 896 px (1024 tokens)",
+        "as other papers on Qwen2.5-VL: images stretched to a square of 896 px (1024 tokens)",
         {"side": 896},
     ),
     "lossless": Protocol(
-        "pictures and frames keep their own size, from 4 to 16384 tokens",
+        "images and frames keep their own size, from 4 to 16384 tokens",
         {
             "min_pixels": 4 * TOKEN,
             "max_pixels": 16384 * TOKEN,

@@ -38,7 +38,7 @@ one_at_a_time = threading.RLock()
 
 
 class DocumentError(InputError):
-    """One document cannot be used (missing video, unreadable picture); `task` and `doc_id` say which."""
+    """One document cannot be used (missing video, unreadable image); `task` and `doc_id` say which."""
 
     def __init__(self, task: str, doc_id: int, reason: str) -> None:
         super().__init__(f"document {doc_id} of {task}: {reason}")

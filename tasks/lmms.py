@@ -43,7 +43,7 @@ def lmms_eval() -> Any:
         from lmms_eval.tasks import TaskManager
     if first:
         _reroute_loguru()
-    # lmms-eval turns this on for all: a picture file cut off half-way would be shown with a grey rest, as if whole.
+    # lmms-eval turns this on for all: an image file cut off half-way would be shown with a grey rest, as if whole.
     ImageFile.LOAD_TRUNCATED_IMAGES = truncated and first
     return SimpleNamespace(
         simple_evaluate=simple_evaluate,

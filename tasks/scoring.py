@@ -34,7 +34,7 @@ class DocScore:
 
     `score` is in units of the headline where `entry.mean_of_documents` (so 0 or 100 for a percentage), else what
     upstream notes for the document (0..1), and None where the headline metric says nothing about it (cognition
-    questions of MME). `cluster` names the picture or video that documents share. `doc_hash` is the SHA-256 of the
+    questions of MME). `cluster` names the image or video that documents share. `doc_hash` is the SHA-256 of the
     columns without media.
     """
 

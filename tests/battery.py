@@ -86,8 +86,8 @@ COMPRESSORS = [
 CANONICAL = [row for row in COMPRESSORS if not row.options]
 
 
-def picture(height: int, width: int, seed: int = 0) -> Image.Image:
-    """A picture with structure at every scale, so that tokens differ."""
+def draw_image(height: int, width: int, seed: int = 0) -> Image.Image:
+    """An image with structure at every scale, so that tokens differ."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 255, (height // 28, width // 28, 3), dtype=np.uint8))
     fine = rng.integers(0, 60, (height, width, 3))
@@ -96,12 +96,12 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
 
 def clip(frames: int = 6, height: int = 112, width: int = 140, seed: int = 0) -> tuple[np.ndarray, dict[str, Any]]:
     """Frames (T, H, W, 3) uint8 at 2 frames a second, with their metadata."""
-    stack = np.stack([np.asarray(picture(height, width, seed + i)) for i in range(frames)])
+    stack = np.stack([np.asarray(draw_image(height, width, seed + i)) for i in range(frames)])
     return stack, {"fps": 2.0, "frames_indices": list(range(frames)), "total_num_frames": frames}
 
 
 def user(*parts: Any) -> list[dict[str, Any]]:
-    """A conversation of one user turn: text, pictures and clips in the order given."""
+    """A conversation of one user turn: text, images and clips in the order given."""
     content = []
     for part in parts:
         if isinstance(part, str):
@@ -114,19 +114,19 @@ def user(*parts: Any) -> list[dict[str, Any]]:
 
 
 PROMPTS: dict[str, Callable[[], list[list[dict[str, Any]]]]] = {
-    "one image": lambda: [user(picture(224, 280), "What is it?")],
-    "two images": lambda: [user(picture(224, 280), "and", picture(140, 112, 1), "What is it?")],
+    "one image": lambda: [user(draw_image(224, 280), "What is it?")],
+    "two images": lambda: [user(draw_image(224, 280), "and", draw_image(140, 112, 1), "What is it?")],
     "video": lambda: [user(clip(), "What moves?")],
-    "image and video": lambda: [user(picture(168, 140), "What moves in", clip(4), "and here?")],
+    "image and video": lambda: [user(draw_image(168, 140), "What moves in", clip(4), "and here?")],
     "text only": lambda: [user("What is the capital of France?")],
     "batch of three": lambda: [
-        user(picture(224, 280), "What is it?"),
-        user(picture(140, 112, 1), "and", picture(112, 112, 2), "What are they, and which is larger?"),
+        user(draw_image(224, 280), "What is it?"),
+        user(draw_image(140, 112, 1), "and", draw_image(112, 112, 2), "What are they, and which is larger?"),
         user("Just text."),
     ],
     "batch with video": lambda: [
         user(clip(4, 84, 84), "What moves?"),
-        user(picture(140, 168), "A long question: what is it?"),
+        user(draw_image(140, 168), "A long question: what is it?"),
     ],
 }
 

@@ -22,7 +22,7 @@ from visionselector_eval.models.dynamic_qwen.predictor import Predictor
 from visionselector_eval.models.tiny import checkpoint
 from visionselector_eval.models.visionselector import Scorer
 
-# As in the checkpoints that lmms-eval's llava_hf loads: all pictures first, then the text.
+# As in the checkpoints that lmms-eval's llava_hf loads: all images first, then the text.
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"

@@ -189,21 +189,21 @@ CLIPS = {
 
 
 def dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
-    """Rows with their pictures as the hub has them."""
-    plain = [{k: v for k, v in row.items() if not _is_picture(v)} for row in rows]
-    pictures: dict[str, Any] = {}
+    """Rows with their images as the hub has them."""
+    plain = [{k: v for k, v in row.items() if not _is_image(v)} for row in rows]
+    images: dict[str, Any] = {}
     for row in rows:
         for name, value in row.items():
-            if _is_picture(value):
-                pictures[name] = datasets.List(datasets.Image()) if isinstance(value, list) else datasets.Image()
-    plain = [{k: v for k, v in row.items() if k not in pictures} for row in plain]
-    features = {**datasets.Dataset.from_list(plain).features, **pictures}
+            if _is_image(value):
+                images[name] = datasets.List(datasets.Image()) if isinstance(value, list) else datasets.Image()
+    plain = [{k: v for k, v in row.items() if k not in images} for row in plain]
+    features = {**datasets.Dataset.from_list(plain).features, **images}
     order = list(rows[0])
     return datasets.Dataset.from_list(rows, features=datasets.Features({name: features[name] for name in order}))
 
 
-def _is_picture(value: Any) -> bool:
-    return isinstance(value, Image.Image) or (isinstance(value, list) and bool(value) and _is_picture(value[0]))
+def _is_image(value: Any) -> bool:
+    return isinstance(value, Image.Image) or (isinstance(value, list) and bool(value) and _is_image(value[0]))
 
 
 def write_task(root: Path, task: str, rows: list[dict[str, Any]] | None = None, clips: bool = True) -> Path:
@@ -228,11 +228,11 @@ def write_mvbench(root: Path) -> None:
         write_clips(*(root / "mvbench" / "videos" / name for name in names))
 
 
-def break_picture(file: Path, number: int) -> None:
-    """Put bytes that are no picture into one row of a parquet file."""
+def break_image(file: Path, number: int) -> None:
+    """Put bytes that are no image into one row of a parquet file."""
     table = pq.read_table(file)
     place, column = table.schema.get_field_index("image"), table.column("image").to_pylist()
-    column[number] = {"bytes": b"no picture", "path": None}
+    column[number] = {"bytes": b"no image", "path": None}
     field = table.schema.field("image")
     pq.write_table(table.set_column(place, field, pa.array(column, type=field.type)), file)
 

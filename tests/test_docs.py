@@ -141,9 +141,9 @@ def run_in_shell(block: Block, folder: Path) -> None:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    from battery import picture
+    from battery import draw_image
 
-    picture(112, 140).save(tmp_path / "picture.png")
+    draw_image(112, 140).save(tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     return tmp_path

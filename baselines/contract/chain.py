@@ -120,7 +120,7 @@ class BeforeLLM(_Chain, Compressor):
 
     The budget is what enters the LLM. The first keeps r ** split of each image or video (the square root of r by
     default). The second sees the kept tokens, with the first's merged features and the encoder's trace of their
-    places, as one row of tokens: methods that read the picture's grid see none.
+    places, as one row of tokens: methods that read the image's grid see none.
     """
 
     name: ClassVar[str] = "chain"

@@ -33,7 +33,7 @@ def parser() -> Parser:
     )
     parser.add_argument("question", type=free_text, help="the question, in quotes")
     media = parser.add_mutually_exclusive_group()
-    media.add_argument("--image", metavar="FILE", help="picture to ask about")
+    media.add_argument("--image", metavar="FILE", help="image to ask about")
     media.add_argument("--video", metavar="FILE", help="video to ask about")
     add_backbone_flags(parser)
     parser.add_argument(

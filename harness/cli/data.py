@@ -17,7 +17,7 @@ def parser() -> Parser:
     parser = Parser(
         prog=f"{PROGRAM} data",
         description="Make training data. mirrors: conversations from the embedded benchmarks, never those that sweeps\n"
-        "ask. prepare-cambrian: the published recipe's subsets of Cambrian737k.jsonl, pictures checked.",
+        "ask. prepare-cambrian: the published recipe's subsets of Cambrian737k.jsonl, images checked.",
         epilog=example(
             "data mirrors --tasks tiny_docvqa_val tiny_textvqa_val --documents 500 --output data",
             "data prepare-cambrian Cambrian737k.jsonl --image-root images --output cambrian",
@@ -81,9 +81,7 @@ def _make(arguments: argparse.Namespace) -> tuple[str, bool]:
         also = f"; {made.left_out} that sweeps show were left out" if made.left_out else ""
         return f"{made.samples} conversations: {made.file}{also}", True
     if not arguments.file or not arguments.image_root:
-        raise InputError(
-            "data prepare-cambrian needs the file and its pictures: Cambrian737k.jsonl --image-root FOLDER"
-        )
+        raise InputError("data prepare-cambrian needs the file and its images: Cambrian737k.jsonl --image-root FOLDER")
     size = Path(arguments.file).stat().st_size if Path(arguments.file).is_file() else 0
     with Screen("bytes", "reading") as screen:
         screen.begin(size)

@@ -18,7 +18,7 @@ from visionselector_eval.baselines import available, build
 from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.baselines.contract.greedy import kernel_works, pick_by_kernel, pick_by_loop
 from visionselector_eval.baselines.contract.numerics import unit_rows
-from visionselector_eval.harness.profiler.workloads import picture
+from visionselector_eval.harness.profiler.workloads import textured_image
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
 from visionselector_eval.models.loading import load_backbone
 from visionselector_eval.models.tiny import EMBEDDED
@@ -48,7 +48,7 @@ def _conversations() -> dict[str, list[list[dict[str, Any]]]]:
         content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": "What is it?"}]
         return [{"role": "user", "content": content}]
 
-    large, small = picture(224, 280, 0), picture(140, 112, 1)
+    large, small = textured_image(224, 280, 0), textured_image(140, 112, 1)
     one, two, words = ask(large), ask(large, small), ask()
     return {"one image": [one], "two images": [two], "text only": [words], "batch": [two, words, one]}
 

@@ -12,8 +12,8 @@ ways, in one run of this program, and must give the same answers:
 - processes: `run_eval.py` started once for each cell, beside one that runs all of them.
 
 The first three take turns in this process after a warm-up, with model and task loaded before the clock starts; the
-median of the repeats counts. What is saved depends on how much of a cell's time goes to pictures, so the table splits
-it. By default pictures have 256 visual tokens (448 x 448 px), documents go in batches of 8 and there are 16 of them;
+median of the repeats counts. What is saved depends on how much of a cell's time goes to images, so the table splits
+it. By default images have 256 visual tokens (448 x 448 px), documents go in batches of 8 and there are 16 of them;
 tasks give short answers, as benchmarks do.
 """
 
@@ -52,10 +52,10 @@ Answers = Mapping[tuple[str, str, int], str]  # by method, budget and document
 
 @dataclasses.dataclass
 class Clock:
-    """Seconds of one measurement: all of it, and what of it went to pictures and to answers."""
+    """Seconds of one measurement: all of it, and what of it went to images and to answers."""
 
     total: float = 0.0
-    pictures: float = 0.0
+    images: float = 0.0
     answers: float = 0.0
 
 
@@ -75,7 +75,7 @@ def clocked() -> Iterator[Clock]:
 
         return call
 
-    Answerer.prepare = timed("pictures", prepare)  # type: ignore[method-assign]
+    Answerer.prepare = timed("images", prepare)  # type: ignore[method-assign]
     Answerer.answer = timed("answers", answer)  # type: ignore[method-assign]
     started = time.perf_counter()
     try:
@@ -199,22 +199,22 @@ def measure(spec: SweepSpec, repeats: int, processes: bool) -> str:
     middle = {way: sorted(of, key=lambda c: c.total)[len(of) // 2] for way, of in clocks.items()}
     first = middle["sweep"].total
     rows: list[list[Any]] = [
-        [way, c.total, c.pictures, c.answers, c.total - c.pictures - c.answers, c.total / first, TARGETS.get(way)]
+        [way, c.total, c.images, c.answers, c.total - c.images - c.answers, c.total / first, TARGETS.get(way)]
         for way, c in middle.items()
     ]
     if processes:
         rows.append(["one process, all cells", together, None, None, None, None, None])
         ratio = sum(alone) / together
         rows.append([f"{len(alone)} processes", sum(alone), None, None, None, ratio, TARGETS["processes"]])
-    head = ["", "seconds", "pictures", "answers", "rest", "ratio", "target"]
+    head = ["", "seconds", "images", "answers", "rest", "ratio", "target"]
     lines = [
         f"{name} on {spec.tasks[0]}: {n_cells - 1} cells and the full row, {spec.limit} documents, "
-        f"batches of {spec.batch_size}, {spec.min_pixels} to {spec.max_pixels} pixels a picture, "
+        f"batches of {spec.batch_size}, {spec.min_pixels} to {spec.max_pixels} pixels an image, "
         f"median of {repeats}",
         "",
         tabulate(rows, head, floatfmt=".2f"),
         "",
-        "pictures: decode, preprocess, vision encoder; answers: compress, prefill, generate; rest: scoring, files.",
+        "images: decode, preprocess, vision encoder; answers: compress, prefill, generate; rest: scoring, files.",
         "ratio: over `sweep`; of processes over the one process that runs all cells. All ways gave the same answers.",
     ]
     if processes:
@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), metavar="BUDGET")
     parser.add_argument("--limit", type=int, default=16, help="documents (default: 16)")
     parser.add_argument("--batch-size", type=int, default=8, help="documents answered together (default: 8)")
-    parser.add_argument("--tokens", type=int, default=256, help="visual tokens of a picture (default: 256)")
+    parser.add_argument("--tokens", type=int, default=256, help="visual tokens of an image (default: 256)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=3, help="of what is measured in this process (default: 3)")
     parser.add_argument("--no-processes", action="store_true", help="leave out the runs as processes of their own")

@@ -354,12 +354,12 @@ class Flops(Metric):
             _, entered = run.answer(bound, prompt, recorder)
         whole = run.backbone.model.config
         config, lengths = whole.get_text_config(), entered.layer_lengths
-        same_picture = bound.compressor.stage != "pixels"
+        same_image = bound.compressor.stage != "pixels"
         layers = theoretical_prefill(config, lengths)
         return {
             **{f"{phase}_flops": n for phase, n in probe.flops.items()},
             "layer_flops": layers,
-            "theory_vision_flops": run.backbone.vision_flops(prompt.inputs) if same_picture else None,
+            "theory_vision_flops": run.backbone.vision_flops(prompt.inputs) if same_image else None,
             "theory_prefill_flops": sum(layers) + theoretical_output(config),
             "theory_decode_flops": theoretical_decode(config, lengths, recorder.forwards),
             "attention_kernels": sorted(probe.kernels.get("prefill", ())),

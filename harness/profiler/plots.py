@@ -1,4 +1,4 @@
-"""Pictures of a profile: phases as stacked bars, and speed-up by budget with the ideal line."""
+"""Images of a profile: phases as stacked bars, and speed-up by budget with the ideal line."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Backbones of real shapes with random weights: speed and memory need no trained ones.
 
 The shape is built on the meta device, put on the target device empty, and filled there from a seed. The tokenizer is
-the embedded checkpoint's; picture sizes and prompt layout are the family's. Beside the backbone stand random weights of
+the embedded checkpoint's; image sizes and prompt layout are the family's. Beside the backbone stand random weights of
 the learned methods' scorer and predictor, in their published sizes.
 """
 
@@ -169,7 +169,7 @@ SHAPES: dict[str, Shape] = {
     ),
     "llava_stf_7b": Shape(
         "llava",
-        "LLaVA-STF-7B: trained token fusion, 144 tokens a picture",
+        "LLaVA-STF-7B: trained token fusion, 144 tokens an image",
         _VICUNA_7B,
         _CLIP,
         tied=False,
@@ -177,7 +177,7 @@ SHAPES: dict[str, Shape] = {
     ),
     "llava_tiny": Shape("llava", "a quarter of a million parameters, to try a command", *_LLAVA_TINY, tied=False),
     "llava_stf_tiny": Shape(
-        "llava", "the same with token fusion, 16 tokens a picture", *_LLAVA_TINY, tied=False, more={"fused": True}
+        "llava", "the same with token fusion, 16 tokens an image", *_LLAVA_TINY, tied=False, more={"fused": True}
     ),
 }
 # Shapes that people ask for whose family has no adapter yet.

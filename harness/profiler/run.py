@@ -114,7 +114,7 @@ def _backbone(spec: ProfileSpec, device: str, dtype: torch.dtype, attention: str
 
 def _workloads(spec: ProfileSpec, backbone: Backbone) -> list[Workload]:
     most = getattr(backbone.model.config.get_text_config(), "max_position_embeddings", math.inf)
-    for tokens in spec.synthetic:  # before a picture of that size is painted
+    for tokens in spec.synthetic:  # before an image of that size is painted
         if tokens + spec.max_new_tokens > most:
             raise InputError(
                 f"--synthetic {tokens} is more than the {most} positions of {spec.backbone}: give fewer visual tokens"

@@ -57,7 +57,7 @@ class ProfileSpec(Settings):
     )
     synthetic: Annotated[list[int], Flag(metavar="N")] = Field(
         default_factory=list,
-        description="pictures of so many visual tokens with a fixed question (default: 256, unless --task is given)",
+        description="images of so many visual tokens with a fixed question (default: 256, unless --task is given)",
     )
     task: str | None = Field(default=None, description="an lmms-eval task: its documents are the workload")
     limit: int | None = Field(default=None, ge=1, description="first N documents of the task (default: 8)")
@@ -69,7 +69,7 @@ class ProfileSpec(Settings):
     energy_seconds: float = Field(
         default=2.0, ge=0, description="on NVIDIA GPUs: run each cell so long while power is sampled; 0: don't"
     )
-    seed: int = Field(default=0, description="of the order of cells, the picture and random weights")
+    seed: int = Field(default=0, description="of the order of cells, the image and random weights")
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads of torch (default: torch's own; 1 for `tiny`)"
     )

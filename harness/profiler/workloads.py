@@ -1,4 +1,4 @@
-"""What is run: a picture of exactly N visual tokens with a fixed question, or the documents of a task."""
+"""What is run: an image of exactly N visual tokens with a fixed question, or the documents of a task."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from visionselector_eval.models.inputs import MediaSettings, build_inputs
 if TYPE_CHECKING:
     from visionselector_eval.models.backbones.base import Backbone
 
-QUESTION = "What is in the picture?"
-_LONGEST_SIDE = 200  # the family's processors refuse pictures that are longer than this in one direction
+QUESTION = "What is in the image?"
+_LONGEST_SIDE = 200  # the family's processors refuse images that are longer than this in one direction
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ def grid_of(tokens: int) -> tuple[int, int]:
     """The most nearly square (h, w) with h * w == tokens and h <= w.
 
     Raises:
-        InputError: fewer than 4 tokens, or a number (a prime, say) whose picture would be too long; names a near one.
+        InputError: fewer than 4 tokens, or a number (a prime, say) whose image would be too long; names a near one.
     """
     found = _factors(tokens)
     if found is None:
         near = next(n for d in range(1, 10_000) for n in (tokens + d, tokens - d) if n >= 4 and _factors(n))
-        raise InputError(f"--synthetic {tokens} has no picture of {tokens} visual tokens: try {near}")
+        raise InputError(f"--synthetic {tokens} has no image of {tokens} visual tokens: try {near}")
     return found
 
 
@@ -63,8 +63,8 @@ def _factors(tokens: int) -> tuple[int, int] | None:
     return (h, tokens // h) if tokens >= 4 and tokens // h < _LONGEST_SIDE * h else None
 
 
-def picture(height: int, width: int, seed: int = 0) -> Image.Image:
-    """A picture with structure at two scales, so that its tokens differ and content-aware methods have to choose."""
+def textured_image(height: int, width: int, seed: int = 0) -> Image.Image:
+    """An image with structure at two scales, so that its tokens differ and content-aware methods have to choose."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 255, (max(1, height // 56), max(1, width // 56), 3), dtype=np.uint8))
     fine = rng.integers(0, 60, (height, width, 3))
@@ -72,17 +72,17 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def synthetic(processor: Any, tokens: int, seed: int = 0) -> Workload:
-    """`QUESTION` about one picture of `tokens` visual tokens, or about as many pictures as have them.
+    """`QUESTION` about one image of `tokens` visual tokens, or about as many images as have them.
 
     Args:
-        processor: a transformers processor. Its image processor takes pictures of any size (patch_size, merge_size), or
-            brings all to one (crop_size): then `tokens` is shared among several pictures.
+        processor: a transformers processor. Its image processor takes images of any size (patch_size, merge_size), or
+            brings all to one (crop_size): then `tokens` is shared among several images.
 
     Raises:
-        InputError: a number of tokens that no picture has, and no number of pictures.
+        InputError: a number of tokens that no image has, and no number of images.
     """
     front = processor.image_processor
-    pictures, media = 1, MediaSettings()
+    images, media = 1, MediaSettings()
     if hasattr(front, "merge_size"):
         h, w = grid_of(tokens)
         side = front.patch_size * front.merge_size
@@ -90,13 +90,13 @@ def synthetic(processor: Any, tokens: int, seed: int = 0) -> Workload:
     else:
         side = processor.patch_size
         h, w = front.crop_size["height"] // side, front.crop_size["width"] // side
-        pictures, rest = divmod(tokens, h * w)
-        if rest or not pictures:
+        images, rest = divmod(tokens, h * w)
+        if rest or not images:
             raise InputError(
-                f"--synthetic {tokens}: a picture of this backbone has {h * w} visual tokens, "
+                f"--synthetic {tokens}: an image of this backbone has {h * w} visual tokens, "
                 f"try {max(1, round(tokens / (h * w))) * h * w}"
             )
-    shown = [picture(h * side, w * side, seed + number) for number in range(pictures)]
+    shown = [textured_image(h * side, w * side, seed + number) for number in range(images)]
     content = [*({"type": "image", "image": image} for image in shown), {"type": "text", "text": QUESTION}]
     chat = [{"role": "user", "content": content}]
     return Workload(
@@ -106,7 +106,7 @@ def synthetic(processor: Any, tokens: int, seed: int = 0) -> Workload:
         settings={
             "synthetic": tokens,
             "grid": [h, w],
-            **({"pictures": pictures} if pictures > 1 else {}),
+            **({"pictures": images} if images > 1 else {}),
             "question": QUESTION,
             "picture_seed": seed,
         },

@@ -1,6 +1,6 @@
 """The difficulty split of VTC-Bench (arXiv 2510.07143): how methods fare on the documents that down-sampling loses.
 
-Most documents of most benchmarks are answered as well from a smaller picture, so a plain score says little about the
+Most documents of most benchmarks are answered as well from a smaller image, so a plain score says little about the
 choice of tokens. Group A holds the documents that `full` answers right and `downsample` wrong: there, which tokens are
 kept matters. Group B holds those that both answer right. `difficulty(cells, samples)` only computes; `write(folder)`
 reads a run and writes `difficulty.{csv,md}`.
@@ -61,13 +61,13 @@ COLUMNS = (
 _LEGEND = (
     "A: documents that `full` answers right and `downsample` wrong, at the budget named; B: those that both answer "
     "right. The rest are documents that `full` answers wrong (VTC-Bench, arXiv 2510.07143).",
-    f"on A, on B: share answered right, with its 95 % interval (Wilson; where documents share a picture or video, with "
+    f"on A, on B: share answered right, with its 95 % interval (Wilson; where documents share an image or video, with "
     f"as many documents as they are worth). Too few: a group of fewer than {MINIMUM} documents, or "
-    f"of fewer than {MINIMUM_UNITS} pictures or videos that they share.",
+    f"of fewer than {MINIMUM_UNITS} images or videos that they share.",
     f"Right: at least {THRESHOLD:g} of the largest score of a document, so for ANLS and VQA accuracy 0.5. "
     "score is the task's own metric over all documents.",
     "`downsample` itself is 0 on A and 1 on B by definition, `full` 1 on both. Read A and B together: a method may "
-    "lose on B, which a smaller picture keeps, what it gains on A.",
+    "lose on B, which a smaller image keeps, what it gains on A.",
 )
 
 

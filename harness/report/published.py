@@ -287,7 +287,7 @@ def write(run_folder: str | Path) -> str:
         (run.folder / "published.md").unlink(missing_ok=True)
         return f"{LABEL}: nothing for the backbones, tasks and methods of this run (see `list published`)\n"
     about = (
-        "Printed by the sources named, under their own prompts, pictures and scoring: not measured here, not ranked, "
+        "Printed by the sources named, under their own prompts, images and scoring: not measured here, not ranked, "
         "and in other units than the leaderboard's."
     )
     write_atomic(run.folder / "published.md", f"# Published numbers\n\n{about}\n\n{render(found, 'github').strip()}\n")

@@ -56,7 +56,7 @@ def paired_difference(
     """Mean of the per-document differences `scores - base`, with its t interval.
 
     Without clusters: mean d, se = sd(d) / sqrt(n), t with n-1 degrees of freedom. With G clusters (several questions
-    about one picture): se^2 = G/(G-1) * sum_c (sum_{i in c} (d_i - mean))^2 / n^2, t with G-1; the same as before where
+    about one image): se^2 = G/(G-1) * sum_c (sum_{i in c} (d_i - mean))^2 / n^2, t with G-1; the same as before where
     every document is its own cluster.
 
     Where all differences are the same non-zero number the formula's interval has no width. It is kept from six units

@@ -122,7 +122,7 @@ def _known_protocol(name: str) -> str:
     return name
 
 
-# How pictures, videos and prompts reach the model: the same flags wherever a command asks one.
+# How images, videos and prompts reach the model: the same flags wherever a command asks one.
 ProtocolName = Annotated[
     str,
     AfterValidator(_known_protocol),
@@ -134,17 +134,17 @@ ProtocolName = Annotated[
     ),
 ]
 MinPixels = Annotated[
-    int | None, Field(ge=1, description="smallest area of a picture and of a frame, over the protocol's")
+    int | None, Field(ge=1, description="smallest area of an image and of a frame, over the protocol's")
 ]
 MaxPixels = Annotated[
-    int | None, Field(ge=1, description="largest area of a picture and of a frame, over the protocol's")
+    int | None, Field(ge=1, description="largest area of an image and of a frame, over the protocol's")
 ]
 MaxNumFrames = Annotated[int | None, Field(ge=1, description="most frames of a video, over the protocol's")]
 Fps = Annotated[float | None, Field(gt=0, description="frames a second to show; spread over the video when not given")]
 SystemPrompt = Annotated[
     str | None, Field(description="first turn of every conversation, over the protocol's"), Flag(free_text=True)
 ]
-Jpeg = Annotated[bool | None, Field(description="re-encode pictures as JPEG or not, over the protocol's")]
+Jpeg = Annotated[bool | None, Field(description="re-encode images as JPEG or not, over the protocol's")]
 RepeatFrames = Annotated[
     bool | None,
     Field(

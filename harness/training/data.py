@@ -35,7 +35,7 @@ Advance = Callable[[int], None]
 
 @dataclass
 class SourceReport:
-    """One subset: `records` found, `chosen` of them, `missing` whose pictures are not there, `written` the rest."""
+    """One subset: `records` found, `chosen` of them, `missing` whose images are not there, `written` the rest."""
 
     records: int = 0
     chosen: int = 0
@@ -62,13 +62,13 @@ class CambrianReport:
 
     @property
     def complete(self) -> bool:
-        """Whether every subset that the file holds has records with pictures."""
+        """Whether every subset that the file holds has records with images."""
         return all(report.written for report in self.sources.values() if report.records)
 
     def render(self) -> str:
         """The report as text."""
         rows = [[n, r.records, r.chosen, r.missing, r.written] for n, r in self.sources.items()]
-        lines = [tabulate(rows, ["subset", "records", "chosen", "picture missing", "written"])]
+        lines = [tabulate(rows, ["subset", "records", "chosen", "image missing", "written"])]
         lines.append(f"\n{self.other} records of other subsets, {self.damaged} damaged lines")
         if self.examples:
             lines.append(f"first missing: {self.examples[0]} (all: {self.folder / 'missing.jsonl'})")
@@ -95,7 +95,7 @@ def prepare_cambrian(
     """Split Cambrian737k.jsonl into ocr_vqa.jsonl, chartqa.jsonl, textvqa.jsonl and coco.jsonl.
 
     The file is read line by line. Lines are written as they stand, COCO's in a seeded choice of exactly
-    `round(coco_share * n)`, in the order of the file. Records whose picture is not there are left out and listed in
+    `round(coco_share * n)`, in the order of the file. Records whose image is not there are left out and listed in
     missing.jsonl; report.json counts everything.
 
     Args:
@@ -109,7 +109,7 @@ def prepare_cambrian(
     if not source.is_file():
         raise InputError(f"'{source}' is not there: give Cambrian737k.jsonl")
     if not root.is_dir():
-        raise InputError(f"image_root '{root}' is no folder: give the one that the pictures' paths start from")
+        raise InputError(f"image_root '{root}' is no folder: give the one that the images' paths start from")
     if not 0 < coco_share <= 1:
         raise InputError(f"invalid coco_share {coco_share}: expected a ratio, 0 < ratio <= 1")
     paths = MediaPaths(root)
@@ -212,20 +212,20 @@ class MirrorReport:
     left_out: int
 
 
-def picture_digest(document: Any) -> str:
+def image_digest(document: Any) -> str:
     """SHA-256 of what a document of an embedded benchmark shows, whatever is asked about it."""
     sha = hashlib.sha256()
-    for pixels in document.pictures():
+    for pixels in document.images():
         sha.update(repr(pixels.shape).encode() + pixels.tobytes())
     return sha.hexdigest()
 
 
-def evaluation_pictures(task: str) -> frozenset[str]:
-    """Digests of the pictures that sweeps of an embedded benchmark show."""
+def evaluation_images(task: str) -> frozenset[str]:
+    """Digests of the images that sweeps of an embedded benchmark show."""
     from visionselector_eval.tasks.tiny import EVALUATION_SEED, generate
     from visionselector_eval.tasks.tiny.store import DOCUMENTS
 
-    return frozenset(picture_digest(d) for d in generate(task, EVALUATION_SEED, DOCUMENTS))
+    return frozenset(image_digest(d) for d in generate(task, EVALUATION_SEED, DOCUMENTS))
 
 
 def write_mirrors(
@@ -239,7 +239,7 @@ def write_mirrors(
 ) -> MirrorReport:
     """Training conversations from the generators of embedded benchmarks, in the very words that sweeps ask.
 
-    Writes train.jsonl, shuffled, and the pictures (PNG) and clips (MP4) beside it. No picture that a sweep shows is
+    Writes train.jsonl, shuffled, and the images (PNG) and clips (MP4) beside it. No image that a sweep shows is
     among them: another seed draws others, and one that is equal all the same is left out.
 
     Args:
@@ -268,7 +268,7 @@ def write_mirrors(
     try:
         (folder / "media").mkdir(parents=True)
         for task in dict.fromkeys(tasks):
-            taken = evaluation_pictures(task)
+            taken = evaluation_images(task)
             for block, start in enumerate(range(0, documents, _BLOCK)):
                 made, skipped = _block(
                     task, folder, seed + block, start, min(_BLOCK, documents - start), base_model, taken, advance
@@ -302,7 +302,7 @@ def _block(
         bound = bind(task, base_model=base_model, cache_dir=cache, seed=seed, documents=documents)
         for request in requests(bound):
             document = drawn[request.doc_id]
-            if picture_digest(document) in taken:
+            if image_digest(document) in taken:
                 left_out += 1
             else:
                 name = f"{task}-{start + request.doc_id:06d}"

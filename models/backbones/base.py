@@ -68,7 +68,7 @@ class PrefillOutput:
         kept: for each sample the visual indices that reached the last layer, ascending, CPU; 0 is the first visual
             token of that prompt.
         totals: for each sample its visual tokens before compression.
-        scores: for each sample (N,) or None: the compressor's scores, for pictures.
+        scores: for each sample (N,) or None: the compressor's scores, for images.
         position_ids: (3, B, S') int64 ((B, S') for backbones with 1-D positions); 0 on padding. S' is the last layer's.
         attention_mask: (B, S') int64, 0 on (left) padding.
         hidden: (B, S', D) after the final norm.

@@ -58,9 +58,9 @@ def _ranking(name: str, q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 class Llava(Backbone):
-    """LLaVA-1.5, any size: a CLIP tower of one picture size, plain positions; pictures only.
+    """LLaVA-1.5, any size: a CLIP tower of one image size, plain positions; images only.
 
-    Down-sampled pictures go through the tower with its position embeddings interpolated. A checkpoint with
+    Down-sampled images go through the tower with its position embeddings interpolated. A checkpoint with
     `token_fusion` in its configuration has trained fusion for a projector (`token_fusion`).
     """
 
@@ -123,31 +123,31 @@ class Llava(Backbone):
         return self.model.config.vision_config.patch_size * self._window
 
     def _visual(self, input_ids: Tensor) -> Tensor:
-        """Placeholders of pictures; bool, shape of `input_ids`."""
+        """Placeholders of images; bool, shape of `input_ids`."""
         return input_ids == self.model.config.image_token_id
 
     def _grid(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
-        """Tokens (h, w) of each picture of the batch."""
+        """Tokens (h, w) of each image of the batch."""
         height, width = inputs["pixel_values"].shape[-2:]
         return height // self._patch, width // self._patch
 
-    def _pictures(self, inputs: Mapping[str, Any]) -> list[int]:
-        """Pictures of each prompt."""
+    def _images(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Images of each prompt."""
         places = self.visual_totals(inputs)
         if inputs.get("pixel_values") is None:
             if any(places):
-                raise InputError("the prompts have placeholders for pictures but none are given")
+                raise InputError("the prompts have placeholders for images but none are given")
             return [0] * len(places)
         h, w = self._grid(inputs)
         if odd := [n for n in places if n % (h * w)]:
             raise InputError(
-                f"a prompt has {odd[0]} placeholders, no multiple of the {h * w} tokens of a picture: "
+                f"a prompt has {odd[0]} placeholders, no multiple of the {h * w} tokens of an image: "
                 "was the prompt cut after the processor made it?"
             )
         counts = [n // (h * w) for n in places]
         given = inputs["pixel_values"].shape[0]
         if sum(counts) != given:
-            raise InputError(f"{given} pictures were given but the prompts have placeholders for {sum(counts)}")
+            raise InputError(f"{given} images were given but the prompts have placeholders for {sum(counts)}")
         return counts
 
     def visual_totals(self, inputs: Mapping[str, Any]) -> list[int]:
@@ -156,7 +156,7 @@ class Llava(Backbone):
     @torch.no_grad()
     def encode(self, inputs: Mapping[str, Any], needs: frozenset[str] = ALL_TRACES) -> Encoded:
         inputs, needs = self.to_device(inputs), self.offered(needs)
-        counts = self._pictures(inputs)
+        counts = self._images(inputs)
         if not sum(counts):
             return Encoded(rows=[[] for _ in counts])
         pixels, grid = inputs["pixel_values"], (1, *self._grid(inputs))
@@ -175,7 +175,7 @@ class Llava(Backbone):
         return Encoded(rows=[[next(items) for _ in range(count)] for count in counts])
 
     def features(self, pixels: Tensor) -> Sequence[Tensor]:
-        """(N, D) for each of the (M, C, H, W) pictures, by the stock modules."""
+        """(N, D) for each of the (M, C, H, W) images, by the stock modules."""
         own = self.model.config.vision_config.image_size
         other = {} if pixels.shape[-2:] == (own, own) else {"interpolate_pos_encoding": True}
         with self._windows_of(pixels):
@@ -183,7 +183,7 @@ class Llava(Backbone):
 
     @contextmanager
     def _windows_of(self, pixels: Tensor) -> Iterator[None]:
-        """Tells a fusion the grid of patches, which need not be square where pictures were down-sampled."""
+        """Tells a fusion the grid of patches, which need not be square where images were down-sampled."""
         if self._window == 1:
             yield
             return
@@ -291,7 +291,7 @@ class Llava(Backbone):
             raise InputError(f"method '{compressor.name}' has stage 'pixels' but must be a PixelCompressor")
         if inputs.get("pixel_values") is None:
             return dict(inputs)
-        self._pictures(inputs)
+        self._images(inputs)
         pixels, (h, w) = inputs["pixel_values"].float(), self._grid(inputs)
         new_h, new_w = compressor.size(h, w, compressor.count(h * w, budget))
         low, high = pixels.amin((2, 3), keepdim=True), pixels.amax((2, 3), keepdim=True)
@@ -299,7 +299,7 @@ class Llava(Backbone):
         smaller = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
         smaller = smaller.clamp(low, high)  # bicubic overshoots at edges; 8-bit resizing clips there too
         visual, mask = self._visual(inputs["input_ids"]), inputs["attention_mask"].bool()
-        # Of each picture's run of h * w placeholders the first new_h * new_w stay.
+        # Of each image's run of h * w placeholders the first new_h * new_w stay.
         stays = mask & ~(visual & ((visual.cumsum(1) - 1) % (h * w) >= new_h * new_w))
         source, real = repad(stays)
         pad = self.processor.tokenizer.pad_token_id
@@ -365,8 +365,8 @@ class Llava(Backbone):
         )
 
 
-def clip_flops(config: Any, pictures: int) -> int:
-    """FLOPs of a CLIP vision tower for `pictures` pictures of its size, projector not counted.
+def clip_flops(config: Any, images: int) -> int:
+    """FLOPs of a CLIP vision tower for `images` images of its size, projector not counted.
 
     Args:
         config: the vision config. All its blocks run, the last one included.
@@ -376,7 +376,7 @@ def clip_flops(config: Any, pictures: int) -> int:
     linear = 4 * width * width + 2 * width * config.intermediate_size
     pixels = config.num_channels * config.patch_size**2
     block = 2 * n * linear + 4 * n * n * width
-    return pictures * (2 * patches * pixels * width + config.num_hidden_layers * block)
+    return images * (2 * patches * pixels * width + config.num_hidden_layers * block)
 
 
 def projector_flops(config: Any, patches: int) -> int:

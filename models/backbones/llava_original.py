@@ -103,7 +103,7 @@ class OriginalLlava:
             raise InputError(f"config.json of '{source}' lacks '{missing[0]}': is it a LLaVA checkpoint?")
         if raw.get("mm_use_im_start_end"):
             raise InputError(
-                f"'{source}' puts markers around pictures (mm_use_im_start_end): LLaVA-1.5 does not, and they are not "
+                f"'{source}' puts markers around images (mm_use_im_start_end): LLaVA-1.5 does not, and they are not "
                 "supported"
             )
 
@@ -207,7 +207,7 @@ class OriginalLlava:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The checkpoint's own, with a token for pictures."""
+        """The checkpoint's own, with a token for images."""
         pieces = self._file("tokenizer.model") if self._file("tokenizer.json") is None else None
         if pieces is not None:
             tokenizer: Any = llama_tokenizer(pieces)
@@ -331,7 +331,7 @@ class OriginalLlava:
         """(V', D): with a row for each added token.
 
         A new row is that of the unknown token again. As an output it then ties with that token, and of equals the first
-        is chosen: the model never says the new one. As an input it is replaced by a picture's features.
+        is chosen: the model never says the new one. As an input it is replaced by an image's features.
         """
         added = self._rows - len(rows)
         unknown = self.tokenizer.unk_token_id
@@ -350,7 +350,7 @@ def llama_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     """Llama's tokenizer from a SentencePiece model, read by SentencePiece itself.
 
     transformers reads such a file by way of protobuf, whose versions often disagree. As in the original code a space is
-    put before each piece of text between pictures.
+    put before each piece of text between images.
     """
     from sentencepiece import SentencePieceProcessor
 

@@ -339,7 +339,7 @@ _GRIDS = ("image_grid_thw", "video_grid_thw")
 
 
 def tower_flops(config: Any, grid: tuple[int, int, int]) -> int:
-    """FLOPs of Qwen2.5-VL's vision encoder for one picture or video.
+    """FLOPs of Qwen2.5-VL's vision encoder for one image or video.
 
     Args:
         config: the vision config.

@@ -85,7 +85,7 @@ class FusionConfig:
         side = tower.image_size // tower.patch_size
         if side % self.window:
             raise InputError(
-                f"token fusion joins windows of {self.window}x{self.window} patches, but pictures of this vision tower "
+                f"token fusion joins windows of {self.window}x{self.window} patches, but images of this vision tower "
                 f"have {side}x{side}: the sides must be multiples of {self.window}"
             )
         read = config.vision_feature_layer
@@ -101,7 +101,7 @@ class FusionConfig:
 
 
 def square_grid(count: int) -> tuple[int, int]:
-    """(h, w) of a square picture of `count` patches.
+    """(h, w) of a square image of `count` patches.
 
     Raises:
         InputError: no square number.
@@ -109,7 +109,7 @@ def square_grid(count: int) -> tuple[int, int]:
     side = math.isqrt(count)
     if side * side != count:
         raise InputError(
-            f"token fusion got {count} patches, which are no square: pad pictures to a square, or give the grid"
+            f"token fusion got {count} patches, which are no square: pad images to a square, or give the grid"
         )
     return side, side
 
@@ -135,7 +135,7 @@ def to_windows(features: Tensor, grid: tuple[int, int], window: int = WINDOW) ->
         raise InputError(f"token fusion got {count} patches for a grid of {h}x{w}")
     if h % window or w % window:
         raise InputError(
-            f"token fusion joins windows of {window}x{window} patches, but the picture has {h}x{w}: both sides must be "
+            f"token fusion joins windows of {window}x{window} patches, but the image has {h}x{w}: both sides must be "
             f"multiples of {window}"
         )
     split = features.view(batch, h // window, window, w // window, window, channels)

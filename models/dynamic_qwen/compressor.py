@@ -31,7 +31,7 @@ class DynamicQwen(LearnedCompressor, DecoderCompressor):
     `*.image_score_predictor.*` in the checkpoint of the backbone that it is bound to; scores in float32. Source:
     Dynamic-LLaVA, arXiv 2412.00876. Canonically each image or video is judged alone and keeps exactly K.
     `upstream_exact`: all of a prompt's together, and int(r * S) with S the length of the whole prompt, text included,
-    so that short pictures in long prompts keep everything. Upstream also takes the text between two images for visual
+    so that short images in long prompts keep everything. Upstream also takes the text between two images for visual
     tokens; here it does not.
     """
 

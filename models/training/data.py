@@ -1,4 +1,4 @@
-"""Training data: conversations about pictures from JSONL or parquet, as tokens of which only the answers are learned.
+"""Training data: conversations about images from JSONL or parquet, as tokens of which only the answers are learned.
 
 Every error names the file and the line (or row) of the sample.
 """
@@ -37,8 +37,8 @@ class Unusable:
 class Tokeniser:
     """From a conversation to tokens, labels and pixels, exactly as a prompt is made at inference.
 
-    No token spans prompt and answer, as it can't when the model answers. A line break that begins the text behind a
-    picture stays, unless the chat template puts one there by itself (LLaVA's does).
+    No token spans prompt and answer, as it can't when the model answers. A line break that begins the text behind an
+    image stays, unless the chat template puts one there by itself (LLaVA's does).
 
     Args:
         processor: the backbone's.
@@ -56,7 +56,7 @@ class Tokeniser:
         (Qwen's: `<|im_end|>` and a line break), and the processor's pixel values and grids; `place`.
 
         Raises:
-            InputError: a picture or video that can't be read, or more than `max_length` tokens.
+            InputError: an image or video that can't be read, or more than `max_length` tokens.
         """
         place = conversation.place
         messages = [self._without_second_break(message) for message in conversation.messages]
@@ -107,14 +107,14 @@ class Tokeniser:
 
     @cached_property
     def _breaks(self) -> bool:
-        """Whether the chat template itself puts a line break between a picture and the text behind it."""
+        """Whether the chat template itself puts a line break between an image and the text behind it."""
         rendered = self._render(
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "text"}]}], True
         )
         return rendered.partition("text")[0].endswith("\n")
 
     def _without_second_break(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The message without line breaks behind pictures that the chat template adds as well."""
+        """The message without line breaks behind images that the chat template adds as well."""
         if isinstance(message["content"], str) or not self._breaks:
             return dict(message)
         parts: list[Any] = []
@@ -212,7 +212,7 @@ class Conversations(Dataset):
 
     @property
     def sha256(self) -> str:
-        """Names the data: a hash over the files' bytes in order (of a JSONL file not the pictures it names)."""
+        """Names the data: a hash over the files' bytes in order (of a JSONL file not the images it names)."""
         return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()
 
     def __len__(self) -> int:

@@ -183,7 +183,7 @@ def _card(kind: Kind, config: Mapping[str, Any]) -> str:
         *(f"- {name}: {value}" for name, value in config.get("changed", {}).items()),
         *(f"- {name}: {value:.5g}" for name, value in config.get("metrics", {}).items()),
         "",
-        "Limits: it knows the pictures, sizes and questions that it was trained with; its accuracy is to be measured "
+        "Limits: it knows the images, sizes and questions that it was trained with; its accuracy is to be measured "
         "with `visionselector-eval sweep` before it is relied on.",
     ]
     return "\n".join(lines) + "\n"

@@ -110,7 +110,7 @@ class Learner(nn.Module, ABC):
         """Loss of a batch from `Collator` after `step` of `total` optimiser steps.
 
         Raises:
-            InputError: a picture with too few tokens for the budget, unless such samples are to be left out.
+            InputError: an image with too few tokens for the budget, unless such samples are to be left out.
         """
         if not batch["places"]:  # every sample of the micro-batch was left out; other processes wait for this one
             return Outcome(self.nothing(self.backbone.device), {}, {})
@@ -165,7 +165,7 @@ class CompressorLearner(Learner):
         self.budget = spec.budget
 
     def _read(self, batch: Mapping[str, Any]) -> tuple[Prompt, Encoded, list[int]]:
-        """The prompts, their encoded pictures, and which prompt each picture belongs to; nothing with gradient."""
+        """The prompts, their encoded images, and which prompt each image belongs to; nothing with gradient."""
         inputs = self._inputs(batch)
         prompt = self.backbone.prompt(inputs, batch["places"])
         # The encoder sees no padding: its mask only serves the backbone's check of left-padded prompts.
@@ -311,7 +311,7 @@ class PredictorLearner(CompressorLearner):
         def decide(states: Tensor) -> None:
             keep.clear()
             rows = [sum(parts) for parts in sizes if parts]
-            # As published all pictures of the micro-batch are one scope: its samples are packed into one sequence.
+            # As published all images of the micro-batch are one scope: its samples are packed into one sequence.
             parts = [sum(rows)] if self.spec.upstream_exact else [part for row in sizes for part in row]
             scopes = states[visual].split(parts)
             keep.extend(torch.cat([keep_decisions(self.learned(scope), tau) for scope in scopes]).split(rows))

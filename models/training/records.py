@@ -70,7 +70,7 @@ class MediaPaths:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One sample: messages in the form of transformers' chat templates, pictures and videos as paths or bytes.
+    """One sample: messages in the form of transformers' chat templates, images and videos as paths or bytes.
 
     `place` is "file:line". Contents of assistant turns are plain text.
     """

@@ -12,7 +12,7 @@ from visionselector_eval.baselines.contract.errors import InputError, unknown
 from visionselector_eval.models.settings import BudgetField, Flag, Settings
 from visionselector_eval.models.tiny import EMBEDDED, TINY
 
-# At most 64 tokens a picture: what the published recipe trains with (arXiv 2510.16598).
+# At most 64 tokens an image: what the published recipe trains with (arXiv 2510.16598).
 _PUBLISHED_PIXELS = {"min_pixels": 784, "max_pixels": 50_176}
 
 
@@ -39,7 +39,7 @@ class TrainSpec(Settings):
     )
     on_bad_sample: Literal["fail", "skip"] = Field(
         default="fail",
-        description="a sample that can't be used (unreadable picture, longer than max_length, too few visual tokens): "
+        description="a sample that can't be used (unreadable image, longer than max_length, too few visual tokens): "
         "stop, or leave it out and count it",
     )
     epochs: float = Field(default=1.0, gt=0, description="passes over the data")
@@ -123,7 +123,7 @@ class TrainSpec(Settings):
         raise NotImplementedError
 
     def media(self) -> dict[str, Any]:
-        """Fields of `MediaSettings`: how pictures and videos become pixels."""
+        """Fields of `MediaSettings`: how images and videos become pixels."""
         return {"system_prompt": self.system_prompt}
 
     def folder(self) -> Path:
@@ -147,12 +147,12 @@ class CompressorSpec(TrainSpec):
     min_pixels: int | None = Field(
         default=None,
         ge=1,
-        description="smallest area of a picture; 784 unless given, for `tiny` the checkpoint's own",
+        description="smallest area of an image; 784 unless given, for `tiny` the checkpoint's own",
     )
     max_pixels: int | None = Field(
         default=None,
         ge=1,
-        description="largest area of a picture; 50176 (64 tokens) unless given, for `tiny` the checkpoint's own",
+        description="largest area of an image; 50176 (64 tokens) unless given, for `tiny` the checkpoint's own",
     )
     max_num_frames: int = Field(default=32, ge=1, description="most frames of a video")
 
@@ -194,8 +194,8 @@ class SelectorSpec(CompressorSpec):
     output: str = Field(default="runs/visionselector", description=TrainSpec.model_fields["output"].description)
     upstream_exact: bool = Field(
         default=False,
-        description="score and choose among all pictures of a micro-batch at once, k = int(r * N), as published; "
-        "canonically each picture is a scope of its own",
+        description="score and choose among all images of a micro-batch at once, k = int(r * N), as published; "
+        "canonically each image is a scope of its own",
     )
     lambda_start: float = Field(default=0.1, ge=0, description="weight of the mask loss at the first step")
     lambda_end: float = Field(default=2.0, ge=0, description="weight of the mask loss at the last step, linear between")
@@ -213,8 +213,8 @@ class PredictorSpec(CompressorSpec):
     output: str = Field(default="runs/dynamic-qwen", description=TrainSpec.model_fields["output"].description)
     upstream_exact: bool = Field(
         default=False,
-        description="judge all pictures of a micro-batch together, and let forbidden keys keep their share of epsilon, "
-        "as published; canonically each picture is judged alone",
+        description="judge all images of a micro-batch together, and let forbidden keys keep their share of epsilon, "
+        "as published; canonically each image is judged alone",
     )
     batch_size: int = Field(default=8, ge=1, description=TrainSpec.model_fields["batch_size"].description)
     learning_rate: float = Field(default=2e-4, gt=0, description=TrainSpec.model_fields["learning_rate"].description)
@@ -269,7 +269,7 @@ class TokenFusionSpec(TrainSpec):
     spatial_hidden: int | None = Field(
         default=None, ge=1, description="size inside the fusion of windows; 16 times the tower's width"
     )
-    pad_square: bool = Field(default=True, description="pad pictures to a square, as published")
+    pad_square: bool = Field(default=True, description="pad images to a square, as published")
     template: Literal["vicuna", "checkpoint"] = Field(
         default="vicuna",
         description="form of conversations that is trained and saved: vicuna (LLaVA-1.5's own), or checkpoint (the "

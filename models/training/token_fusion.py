@@ -111,9 +111,9 @@ class TokenFusionLearner(Learner):
 
     def check(self, data: Conversations) -> None:
         if "video" in data.kinds:
-            raise InputError("token fusion learns from pictures, but the data has videos: LLaVA-1.5 takes none")
+            raise InputError("token fusion learns from images, but the data has videos: LLaVA-1.5 takes none")
         if "image" not in data.kinds:
-            raise InputError(f"token fusion learns from pictures, but none of the {len(data)} samples has one")
+            raise InputError(f"token fusion learns from images, but none of the {len(data)} samples has one")
 
     def loss(self, batch: Mapping[str, Any], step: int, total: int) -> Outcome:
         device = self.backbone.device

@@ -86,7 +86,7 @@ def training_count(n: int, budget: Budget, upstream_exact: bool = False) -> int:
     if not 0 < k < n:
         raise InputError(
             f"budget {budget} keeps {k} of {n} visual tokens, and training needs 0 < k < N: "
-            "give larger pictures (min_pixels) or another budget"
+            "give larger images (min_pixels) or another budget"
         )
     return k
 

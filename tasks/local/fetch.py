@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 SHARD_BYTES = 500_000_000
 """Documents are written in files of about this size."""
 
-_ROWS = 64  # read and written at once: pictures of some MB each must fit into memory
+_ROWS = 64  # read and written at once: images of some MB each must fit into memory
 _ARCHIVES = ("*.zip", "*.tar", "*.tar.*", "*.tgz")
 # Settings of upstream's task files that are about its own loader, or about where it keeps videos.
 _OWN_KWARGS = {
@@ -128,10 +128,10 @@ def _fetch(
         say(f"  documents: split {of.split} of {of.source}")
         settings = {k: v for k, v in of.kwargs.items() if k not in _OWN_KWARGS}
         rows = hub.dataset(of.dataset_path, of.dataset_name, of.split, **settings)
-        pictures = None
+        images = None
         if of.joined and "image" not in rows.features:
-            pictures = hub.dataset(of.dataset_path, _pictures_of(of), of.split, **settings)
-        _write(rows, root / of.task, of, pictures)
+            images = hub.dataset(of.dataset_path, _images_of(of), of.split, **settings)
+        _write(rows, root / of.task, of, images)
     task = layout.locate(root, of.task)[0]
     documents = f"{task.local.n_documents()} documents"
     if (elsewhere := of.videos_elsewhere) is not None:
@@ -157,10 +157,10 @@ def _fetch(
 # --- documents -------------------------------------------------------------------------------------------------------
 
 
-def _write(rows: Any, folder: Path, of: upstream.Upstream, pictures: Any = None) -> None:
-    """`rows` as parquet files of `folder`, pictures inside; they appear when all are written.
+def _write(rows: Any, folder: Path, of: upstream.Upstream, images: Any = None) -> None:
+    """`rows` as parquet files of `folder`, images inside; they appear when all are written.
 
-    With `pictures` (`id`, `image`) the column `image` is added by `imageId`, as upstream's `process_docs` would.
+    With `images` (`id`, `image`) the column `image` is added by `imageId`, as upstream's `process_docs` would.
     """
     import datasets
     import pyarrow.parquet
@@ -171,20 +171,20 @@ def _write(rows: Any, folder: Path, of: upstream.Upstream, pictures: Any = None)
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir()
     plain, features = rows.with_format("arrow"), rows.features
-    if pictures is not None:
-        place = {key: number for number, key in enumerate(pictures["id"])}
+    if images is not None:
+        place = {key: number for number, key in enumerate(images["id"])}
         if lost := sorted(set(rows["imageId"]) - set(place)):
-            raise InputError(f"{len(lost)} pictures are not in the data set of pictures, the first is {lost[0]}")
-        features = datasets.Features({**features, "image": pictures.features["image"]})
-        pictures = pictures.with_format("arrow")
+            raise InputError(f"{len(lost)} images are not in the data set of images, the first is {lost[0]}")
+        features = datasets.Features({**features, "image": images.features["image"]})
+        images = images.with_format("arrow")
     parts: list[Path] = []
     writer, size = None, 0
     try:
         for table in _progress(plain.iter(batch_size=_ROWS), f"{of.task}: writing", -(-len(rows) // _ROWS)):
-            if pictures is not None:
-                chosen = pictures.select([place[key] for key in table["imageId"].to_pylist()])
+            if images is not None:
+                chosen = images.select([place[key] for key in table["imageId"].to_pylist()])
                 table = table.append_column("image", chosen[:]["image"])
-            # Some data sets of the hub name their pictures' files, which lie in a cache: take the contents along.
+            # Some data sets of the hub name their images' files, which lie in a cache: take the contents along.
             table = embed_table_storage(table.cast(features.arrow_schema))
             if writer is None or size >= SHARD_BYTES:
                 if writer is not None:
@@ -214,8 +214,8 @@ def _write(rows: Any, folder: Path, of: upstream.Upstream, pictures: Any = None)
     shutil.rmtree(making)
 
 
-def _pictures_of(of: upstream.Upstream) -> str:
-    # gqa: the subset of the instructions has one of the same name with the pictures.
+def _images_of(of: upstream.Upstream) -> str:
+    # gqa: the subset of the instructions has one of the same name with the images.
     return str(of.dataset_name).replace("_instructions", "_images")
 
 

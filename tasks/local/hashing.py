@@ -20,7 +20,7 @@ def content_hash(found: Iterable[LocalTask]) -> str:
     """SHA-256 that names the documents: names, splits and contents of the files, not where they lie.
 
     A file up to 32 MiB counts whole; of a bigger one the size, the first and last MiB and a parquet file's footer,
-    which holds the statistics of every column; of pictures and videos the size and both ends.
+    which holds the statistics of every column; of images and videos the size and both ends.
     """
     sha = hashlib.sha256()
     for task in sorted(found, key=lambda t: t.upstream.task):

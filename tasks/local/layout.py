@@ -5,7 +5,7 @@ For clusters without a hub. Every task (each member of a group) has a folder of 
 - `<root>/<task>/<split>.parquet`, or shards `<split>-*.parquet`; also below `data/` or the subset's name, as in a
   clone of the hub's repository;
 - `<root>/<task>/` as written by `save_to_disk`: a `DatasetDict` with the split, or the split alone;
-- `<root>/<task>/<split>/metadata.jsonl` (or `.csv`) beside picture files: an image folder of the datasets library;
+- `<root>/<task>/<split>/metadata.jsonl` (or `.csv`) beside image files: an image folder of the datasets library;
 - `<root>/<task>/videos/` or, shared by the tasks of one benchmark, `<root>/<benchmark>/videos/`: video files, flat or
   in upstream's sub folders.
 
@@ -53,7 +53,7 @@ class Local:
         return f"{place} ({what}{f', {len(self.files)} files' if len(self.files) > 1 else ''})"
 
     def schema(self) -> Any:
-        """Features of the documents (`datasets.Features`), pictures recognised."""
+        """Features of the documents (`datasets.Features`), images recognised."""
         import datasets
 
         with self._readable():
@@ -61,7 +61,7 @@ class Local:
                 import pyarrow.parquet
 
                 features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(self.files[0]))
-                return datasets.Features({name: _picture(feature) for name, feature in features.items()})
+                return datasets.Features({name: _image(feature) for name, feature in features.items()})
             if self.kind == "disk":
                 return datasets.load_from_disk(str(self.files[0].parent)).features
             first = next(iter(_metadata(self.files[0])), {})
@@ -94,7 +94,7 @@ class Local:
             return [row.get(name) for row in _metadata(self.files[0])]
 
     def media(self) -> list[Path]:
-        """Picture files that the metadata of an image folder name. Raises `InputError` for the first missing one."""
+        """Image files that the metadata of an image folder name. Raises `InputError` for the first missing one."""
         if self.kind != "images":
             return []
         found = []
@@ -126,7 +126,7 @@ class Local:
         files = [str(f) for f in self.files]
         settings: dict[str, Any] = {}
         if self.kind == "parquet":
-            # Without the datasets library's note in the file (written by pandas, say) pictures would stay raw bytes.
+            # Without the datasets library's note in the file (written by pandas, say) images would stay raw bytes.
             settings["features"] = self.schema()
         elif self.kind == "images":
             files = [f"{self.folder}/**"]
@@ -138,16 +138,16 @@ class Local:
         }
 
 
-def _picture(feature: Any) -> Any:
-    """`Image()` for a column that holds encoded pictures, as {bytes, path} or as bytes; else the feature itself."""
+def _image(feature: Any) -> Any:
+    """`Image()` for a column that holds encoded images, as {bytes, path} or as bytes; else the feature itself."""
     import datasets
 
     if isinstance(feature, dict) and set(feature) == {"bytes", "path"}:
         return datasets.Image()
     if isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary"):
         return datasets.Image()
-    if isinstance(feature, datasets.List | datasets.LargeList) and _picture(feature.feature) is not feature.feature:
-        return datasets.List(_picture(feature.feature))
+    if isinstance(feature, datasets.List | datasets.LargeList) and _image(feature.feature) is not feature.feature:
+        return datasets.List(_image(feature.feature))
     return feature
 
 
@@ -244,7 +244,7 @@ class LocalTask:
             assert self.upstream.video_column is not None
             changed["doc_to_visual"] = _visual(self.upstream.video_column, dict(self.videos), self.video_folders)
         if self.upstream.joined:
-            changed["process_docs"] = None  # its work is done: the picture column is there
+            changed["process_docs"] = None  # its work is done: the image column is there
         return changed
 
 
@@ -265,7 +265,7 @@ def locate(root: str | Path, name: str) -> list[LocalTask]:
     """Local data of every single task of `name` (a task, group or tag).
 
     Raises `InputError`, one line each: no such root, a task without data (with the paths that were looked for),
-    missing columns, a split without documents, files that cannot be read, and pictures that are none.
+    missing columns, a split without documents, files that cannot be read, and images that are none.
     """
     folder = root_folder(root)
     shelves: dict[tuple[Any, ...], Videos] = {}
@@ -285,9 +285,9 @@ def _locate(root: Path, of: Upstream, shelves: dict[tuple[Any, ...], Videos]) ->
             f"(it has {', '.join(features)})"
         )
     for column in of.columns:
-        if re.fullmatch(r"image(_\d+)?", column) and not _is_picture(features[column]):
+        if re.fullmatch(r"image(_\d+)?", column) and not _is_image(features[column]):
             raise InputError(
-                f"task {of.task}: column {column} of {local} holds {_kind(features[column])}, not pictures: "
+                f"task {of.task}: column {column} of {local} holds {_kind(features[column])}, not images: "
                 "write it as datasets.Image()"
             )
     if of.video_column is None or not of.needs_videos:
@@ -307,7 +307,7 @@ def _locate(root: Path, of: Upstream, shelves: dict[tuple[Any, ...], Videos]) ->
     return LocalTask(of, local, videos, folders)
 
 
-def _is_picture(feature: Any) -> bool:
+def _is_image(feature: Any) -> bool:
     import datasets
 
     return isinstance(getattr(feature, "feature", feature), datasets.Image)
@@ -336,12 +336,12 @@ def layout(task: str, root: str | Path = "DATA_ROOT") -> str:
             f"{of.task}: split {of.split} of {of.source}",
             f"  {folder / of.split}.parquet, or shards {of.split}-*.parquet, in this folder or its data/",
             f"  or {folder}/ as written by save_to_disk, with the split {of.split}",
-            f"  or {folder / of.split}/metadata.jsonl (or .csv) beside the pictures: an image folder",
+            f"  or {folder / of.split}/metadata.jsonl (or .csv) beside the images: an image folder",
         ]
         if of.columns:
             lines.append(f"  columns: {', '.join(of.columns)}")
         if of.joined:
-            lines.append("  (the column image is joined from the data set's pictures: `tasks fetch` does it)")
+            lines.append("  (the column image is joined from the data set's images: `tasks fetch` does it)")
         if (elsewhere := of.videos_elsewhere) is not None:
             lines.append(f"  videos: where lmms-eval looks for them, {elsewhere}")
         elif of.needs_videos:

@@ -59,7 +59,7 @@ _COLUMNS = {
 }
 
 
-# A task whose picture column upstream joins from a second data set of the hub, in `process_docs`. Our files have the
+# A task whose image column upstream joins from a second data set of the hub, in `process_docs`. Our files have the
 # joined column.
 _JOINS = ("gqa_process_docs",)
 
@@ -104,7 +104,7 @@ class Upstream:
         split: the one that is asked.
         kwargs: `dataset_kwargs` of the task file.
         video_column: the column that names a document's video file, where we know it; see `videos_elsewhere`.
-        joined: the picture column is joined from a second data set of the hub.
+        joined: the image column is joined from a second data set of the hub.
         config: the task file, with its includes.
         extra: what a group changes in it.
     """

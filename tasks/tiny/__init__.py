@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from visionselector_eval.baselines.contract.errors import InputError, unknown
-from visionselector_eval.tasks.tiny import clips, pictures, reading, scenes
+from visionselector_eval.tasks.tiny import clips, images, reading, scenes
 from visionselector_eval.tasks.tiny.document import CELL, Document, Generator, Mark
 
 __all__ = [
@@ -81,12 +81,12 @@ _SHORT: dict[str, Any] = {
 MIRRORS: dict[str, Mirror] = {
     m.name: m
     for m in (
-        Mirror("tiny_docvqa_val", "docvqa_val", "docvqa/docvqa_val.yaml", "validation", pictures.form),
-        Mirror("tiny_chartqa", "chartqa", "chartqa/chartqa.yaml", "test", pictures.chart),
-        Mirror("tiny_textvqa_val", "textvqa_val", "textvqa/textvqa_val.yaml", "validation", pictures.signs),
-        Mirror("tiny_pope", "pope", "pope/pope.yaml", "test", pictures.presence),
-        Mirror("tiny_mme", "mme", "mme/mme.yaml", "test", pictures.pairs, pair=2),
-        Mirror("tiny_scienceqa_img", "scienceqa_img", "scienceqa/scienceqa_img.yaml", "test", pictures.diagram),
+        Mirror("tiny_docvqa_val", "docvqa_val", "docvqa/docvqa_val.yaml", "validation", images.form),
+        Mirror("tiny_chartqa", "chartqa", "chartqa/chartqa.yaml", "test", images.chart),
+        Mirror("tiny_textvqa_val", "textvqa_val", "textvqa/textvqa_val.yaml", "validation", images.signs),
+        Mirror("tiny_pope", "pope", "pope/pope.yaml", "test", images.presence),
+        Mirror("tiny_mme", "mme", "mme/mme.yaml", "test", images.pairs, pair=2),
+        Mirror("tiny_scienceqa_img", "scienceqa_img", "scienceqa/scienceqa_img.yaml", "test", images.diagram),
         Mirror(
             "tiny_mvbench_moving_direction",
             "mvbench_moving_direction",
@@ -97,7 +97,7 @@ MIRRORS: dict[str, Mirror] = {
             clip="video",
         ),
         Mirror("tiny_ocrbench", "ocrbench", "ocrbench/ocrbench.yaml", "test", reading.ocr),
-        Mirror("tiny_ai2d_no_mask", "ai2d_no_mask", "ai2d/ai2d_no_mask.yaml", "test", pictures.flow),
+        Mirror("tiny_ai2d_no_mask", "ai2d_no_mask", "ai2d/ai2d_no_mask.yaml", "test", images.flow),
         Mirror("tiny_mmmu_val", "mmmu_val", "mmmu/mmmu_val.yaml", "validation", scenes.exam, media="images"),
         Mirror("tiny_seedbench", "seedbench", "seedbench/seedbench.yaml", "test", clips.procedure, media="frames"),
         Mirror(
@@ -113,7 +113,7 @@ MIRRORS: dict[str, Mirror] = {
             clip="video",
         ),
         Mirror("tiny_vqav2_val", "vqav2_val", "vqav2/vqav2_val.yaml", "validation", scenes.vqa),
-        # Upstream joins GQA's pictures from a second data set of the hub; here they are in the first.
+        # Upstream joins GQA's images from a second data set of the hub; here they are in the first.
         Mirror("tiny_gqa", "gqa", "gqa/gqa.yaml", "testdev", scenes.relations, changes={"process_docs": None}),
         Mirror("tiny_vizwiz_vqa_val", "vizwiz_vqa_val", "vizwiz_vqa/vizwiz_vqa_val.yaml", "val", scenes.snapshot),
         Mirror(

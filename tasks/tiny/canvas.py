@@ -56,7 +56,7 @@ def options(rng: np.random.Generator, right: str, others: Sequence[str], count: 
 
 
 class Canvas:
-    """A picture of `rows` x `columns` cells of 28 pixels on a textured background.
+    """An image of `rows` x `columns` cells of 28 pixels on a textured background.
 
     Args:
         base: mean background colour; None draws a muted one at random.

@@ -48,7 +48,7 @@ def moving(rng: np.random.Generator, index: int) -> list[Document]:
 
 
 def _path(rng: np.random.Generator, direction: str, frames: int, step: int) -> list[tuple[int, int]]:
-    """Pixels (x, y) of an object that moves `step` pixels a frame and stays inside the picture."""
+    """Pixels (x, y) of an object that moves `step` pixels a frame and stays inside the image."""
     dx, dy = DIRECTIONS[direction]
     margin, side, reach = CELL // 2, SIDE * CELL, step * (frames - 1)
     start = []
@@ -127,7 +127,7 @@ def _orders(things: list[Thing]) -> list[tuple[str, str]]:
 
 
 def procedure(rng: np.random.Generator, index: int) -> list[Document]:
-    """SEED-Bench, video part: frames given as pictures; the order of events, or which way a thing moves."""
+    """SEED-Bench, video part: frames given as images; the order of events, or which way a thing moves."""
     frames = 4
     if index % 2 == 0:
         things: list[Thing] = [*objects(rng, 3)]

@@ -18,10 +18,10 @@ large."""
 
 @dataclass(frozen=True)
 class Mark:
-    """A cell of the 28-pixel grid that carries information, for training and for pictures; never part of a question.
+    """A cell of the 28-pixel grid that carries information, for training and for images; never part of a question.
 
     `row` and `column` count cells from the top left; `text` says what the cell shows ("K7", "red star");
-    `frame` is the video frame, or the place of the picture where a question has several; None for a single picture.
+    `frame` is the video frame, or the place of the image where a question has several; None for a single image.
     """
 
     row: int
@@ -36,9 +36,9 @@ class Document:
 
     Attributes:
         row: the upstream columns without the media (JSON types only).
-        image: the picture, RGB, sides multiples of 28; None for a clip.
-        frames: uint8 (T, H, W, 3) of a clip; None for a picture.
-        more: further pictures of the same question, after `image`.
+        image: the image, RGB, sides multiples of 28; None for a clip.
+        frames: uint8 (T, H, W, 3) of a clip; None for an image.
+        more: further images of the same question, after `image`.
         answer: a response that upstream's metric gives full marks.
         wrong: a plausible response that upstream's metric gives nothing.
         marks: where the information is.
@@ -54,8 +54,8 @@ class Document:
     questions: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     more: tuple[Image.Image, ...] = ()
 
-    def pictures(self) -> list[np.ndarray]:
-        """The pictures or frames in order, uint8 (H, W, 3) each."""
+    def images(self) -> list[np.ndarray]:
+        """The images or frames in order, uint8 (H, W, 3) each."""
         if self.image is None:
             assert self.frames is not None
             return list(self.frames)
@@ -64,7 +64,7 @@ class Document:
     def digest(self) -> str:
         """SHA-256 of columns and pixels: what is shown and asked, whatever the file format."""
         sha = hashlib.sha256(json.dumps(self.row, sort_keys=True, ensure_ascii=True).encode())
-        for pixels in self.pictures():
+        for pixels in self.images():
             sha.update(repr(pixels.shape).encode())
             sha.update(np.ascontiguousarray(pixels).tobytes())
         return sha.hexdigest()

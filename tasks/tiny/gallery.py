@@ -1,4 +1,4 @@
-"""One picture for each embedded benchmark: `python -m visionselector_eval.tasks.tiny.gallery docs/pictures/benchmarks`.
+"""One image for each embedded benchmark: `python -m visionselector_eval.tasks.tiny.gallery docs/images/benchmarks`.
 
 Each shows the first documents that sweeps ask (so that questions and answers beside it can be checked), frames of a
 clip from left to right (every second one). Written small: the background's grain is smoothed, the colours are few, and
@@ -25,15 +25,15 @@ _SHOWN = {"tiny_ocrbench": 6, "tiny_mmmu_val": 4, "tiny_videomme": 4, "tiny_next
 
 
 def shown(name: str) -> list[Document]:
-    """The documents in the picture of a mirror, in order: its first scenes, as many as fit and as it has kinds."""
+    """The documents in the image of a mirror, in order: its first scenes, as many as fit and as it has kinds."""
     found = mirror(name)
     scenes = _SHOWN.get(name, 3 if found.media == "image" else 2)
     return generate(name, EVALUATION_SEED, scenes * found.pair)[:: found.pair]
 
 
 def sheet(name: str) -> Image.Image:
-    """The shown documents of a mirror on white: single pictures side by side, clips and sets of pictures as rows."""
-    rows = [_row(_thinned(document.pictures())) for document in shown(name)]
+    """The shown documents of a mirror on white: single images side by side, clips and sets of images as rows."""
+    rows = [_row(_thinned(document.images())) for document in shown(name)]
     if mirror(name).media == "image":
         rows = [_row(rows[i : i + 3]) for i in range(0, len(rows), 3)]
     width = max(row.shape[1] for row in rows)
@@ -41,14 +41,14 @@ def sheet(name: str) -> Image.Image:
     return Image.fromarray(np.concatenate(rows)[:-_GAP])
 
 
-def _row(pictures: list[np.ndarray]) -> np.ndarray:
-    height = max(p.shape[0] for p in pictures)
-    padded = [np.pad(p, ((0, height - p.shape[0]), (0, _GAP), (0, 0)), constant_values=255) for p in _thinned(pictures)]
+def _row(images: list[np.ndarray]) -> np.ndarray:
+    height = max(p.shape[0] for p in images)
+    padded = [np.pad(p, ((0, height - p.shape[0]), (0, _GAP), (0, 0)), constant_values=255) for p in _thinned(images)]
     return np.concatenate(padded, axis=1)[:, :-_GAP]
 
 
-def _thinned(pictures: list[np.ndarray]) -> list[np.ndarray]:
-    return pictures[::2] if len(pictures) > 4 else pictures
+def _thinned(images: list[np.ndarray]) -> list[np.ndarray]:
+    return images[::2] if len(images) > 4 else images
 
 
 def write(folder: Path) -> list[Path]:
@@ -61,7 +61,7 @@ def write(folder: Path) -> list[Path]:
             path.write_bytes(_small(sheet(name)))
             made.append(path)
     except OSError as error:
-        raise InputError(f"cannot write pictures into {folder} ({error.strerror or error})") from error
+        raise InputError(f"cannot write images into {folder} ({error.strerror or error})") from error
     return made
 
 
@@ -88,14 +88,14 @@ def _small(image: Image.Image) -> bytes:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the pictures into the folder that is named; 2 for wrong use."""
+    """Write the images into the folder that is named; 2 for wrong use."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     log = logging.getLogger(__name__)
     if len(arguments) != 1:
-        log.error("which folder? e.g. python -m visionselector_eval.tasks.tiny.gallery docs/pictures/benchmarks")
+        log.error("which folder? e.g. python -m visionselector_eval.tasks.tiny.gallery docs/images/benchmarks")
         return 2
     try:
-        log.info("%d pictures in %s", len(write(Path(arguments[0]))), arguments[0])
+        log.info("%d images in %s", len(write(Path(arguments[0]))), arguments[0])
     except InputError as error:
         log.error("%s", error)
         return 2

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from visionselector_eval.tasks.tiny.canvas import CELL, COLOURS, INK, Canvas, fitting, font, pick
 from visionselector_eval.tasks.tiny.document import Document, Mark
-from visionselector_eval.tasks.tiny.pictures import form, signs
+from visionselector_eval.tasks.tiny.images import form, signs
 from visionselector_eval.tasks.tiny.scenes import WORDS
 
 _KINDS = (  # OCRBench's question type, and a data set that it takes such questions from
@@ -36,7 +36,7 @@ def ocr(rng: np.random.Generator, index: int) -> list[Document]:
 
 
 def _recognise(rng: np.random.Generator, index: int) -> Document:
-    """One word somewhere in the picture, printed, turned, outlined, slanted, or no word at all."""
+    """One word somewhere in the image, printed, turned, outlined, slanted, or no word at all."""
     kind = index % len(_KINDS)
     canvas = Canvas(rng, 4, 6, rough=20.0)
     word, other = (w.upper() for w in pick(rng, WORDS, 2))

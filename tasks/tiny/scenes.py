@@ -1,4 +1,4 @@
-"""Pictures of coloured shapes, and the mirrors that ask about them: VQAv2, GQA, VizWiz, MMBench and MMMU."""
+"""Images of coloured shapes, and the mirrors that ask about them: VQAv2, GQA, VizWiz, MMBench and MMMU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def objects(rng: np.random.Generator, count: int) -> list[Object]:
 def scene(
     rng: np.random.Generator, things: list[Object], side: int = 8, frame: int | None = None
 ) -> tuple[Canvas, list[tuple[int, int]], tuple[Mark, ...], Pairs]:
-    """A picture of these objects that don't touch, their cells, marks, and open questions about them."""
+    """An image of these objects that don't touch, their cells, marks, and open questions about them."""
     canvas = Canvas(rng, side, side, rough=18.0)
     cells = canvas.choose(len(things), apart=True)
     marks = []
@@ -60,14 +60,14 @@ def _in_columns(
 
 
 def vqa(rng: np.random.Generator, index: int) -> list[Document]:
-    """VQAv2: "What color is the star?", "How many stars are in the picture?", "Is there a ring in the picture?"."""
+    """VQAv2: "What color is the star?", "How many stars are in the image?", "Is there a ring in the image?"."""
     kind = index % 4
     if kind == 2:
         number, other = (int(v) for v in rng.permutation([1, 2, 3, 4])[:2])
         colours, shapes = pick(rng, tuple(COLOURS), 2), pick(rng, SHAPES, 2)
         things = [(colours[0], shapes[0])] * number + [(colours[1], shapes[1])]
         name = shapes[0] + ("es" if shapes[0].endswith("s") else "s")
-        question, answer, wrong = f"How many {name} are in the picture?", str(number), str(other)
+        question, answer, wrong = f"How many {name} are in the image?", str(number), str(other)
         question_type, answer_type = "how many", "number"
     else:
         things = objects(rng, int(rng.integers(3, 6)))
@@ -77,7 +77,7 @@ def vqa(rng: np.random.Generator, index: int) -> list[Document]:
         yes = index // 4 % 2 == 0
         absent = [s for s in SHAPES if s not in {t[1] for t in things}]
         shape = things[0][1] if yes else absent[int(rng.integers(len(absent)))]
-        question, question_type, answer_type = f"Is there {article(shape)} in the picture?", "is there a", "yes/no"
+        question, question_type, answer_type = f"Is there {article(shape)} in the image?", "is there a", "yes/no"
         answer, wrong = ("yes", "no") if yes else ("no", "yes")
     canvas, _, marks, pairs = scene(rng, things)
     row = {
@@ -136,7 +136,7 @@ def relations(rng: np.random.Generator, index: int) -> list[Document]:
 
 
 def snapshot(rng: np.random.Generator, index: int) -> list[Document]:
-    """VizWiz: a blurred, badly lit picture of one thing and one label; a quarter of the questions has no answer."""
+    """VizWiz: a blurred, badly lit image of one thing and one label; a quarter of the questions has no answer."""
     kind = index % 4
     canvas = Canvas(rng, 8, 8, rough=22.0)
     (colour, shape), (other_colour, other_shape) = objects(rng, 2)
@@ -193,7 +193,7 @@ def choices(rng: np.random.Generator, index: int, chinese: bool = False) -> list
 
     kind = index % 3
     canvas, things, marks, pairs, cells = _in_columns(rng, objects(rng, 4))
-    # The part of the picture is asked of a thing that is clearly in one, if there is any.
+    # The part of the image is asked of a thing that is clearly in one, if there is any.
     clear = [i for i, (r, c) in enumerate(cells) if not {r, c} & {3, 4}]
     among = clear if kind == 1 and clear else range(4)
     asked = 0 if kind == 2 else among[int(rng.integers(len(among)))]
@@ -232,10 +232,10 @@ _SUBJECTS = ("Art", "Design", "Biology", "Math", "Economics", "Geography", "Musi
 
 
 def exam(rng: np.random.Generator, index: int) -> list[Document]:
-    """MMMU: questions about one to three pictures, half of them multiple choice; the other pictures hold decoys."""
+    """MMMU: questions about one to three images, half of them multiple choice; the other images hold decoys."""
     kind = index % 4
     shapes, colours = pick(rng, SHAPES, 6), tuple(COLOURS)
-    if kind == 0:  # the same shape in another colour in every picture
+    if kind == 0:  # the same shape in another colour in every image
         count = 2 + (index // 4) % 2
         asked = int(rng.integers(count))
         hues = pick(rng, colours, count)
@@ -243,11 +243,11 @@ def exam(rng: np.random.Generator, index: int) -> list[Document]:
         for i in range(count):
             rest = pick(rng, [c for c in colours if c != hues[i]], 2)
             sets.append([(hues[i], shapes[0]), (rest[0], shapes[1 + i]), (rest[1], shapes[4])])
-        question = f"{_tokens(count)} What color is the {shapes[0]} in picture {asked + 1}?"
+        question = f"{_tokens(count)} What color is the {shapes[0]} in image {asked + 1}?"
         right, others, wrong = hues[asked], list(colours), hues[asked - 1]
     elif kind == 1:
         sets = [_painted(rng, [shapes[0], *shapes[1:3]]), _painted(rng, [shapes[0], *shapes[3:5]])]
-        question, right = "Compare <image 1> with <image 2>: which shape is in both pictures?", shapes[0]
+        question, right = "Compare <image 1> with <image 2>: which shape is in both images?", shapes[0]
         others, wrong = shapes[1:5], shapes[1]
     elif kind == 2:
         sets = [_painted(rng, shapes[:3]), _painted(rng, [*shapes[1:3], shapes[3]])]
@@ -256,16 +256,16 @@ def exam(rng: np.random.Generator, index: int) -> list[Document]:
         sets = [objects(rng, 4)]
         question = f"What color is the {sets[0][0][1]} in <image 1>?"
         right, wrong = sets[0][0][0], sets[0][1][0]
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     marks: tuple[Mark, ...] = ()
     pairs: Pairs = []
     for i, things in enumerate(sets):
         canvas, _, seen, about = scene(rng, things, side=6, frame=i if len(sets) > 1 else None)
-        pictures.append(canvas.image)
+        images.append(canvas.image)
         marks += seen
-        # With several pictures an open question must name the picture.
-        pairs += about if len(sets) == 1 else [(f"{q[:-1]} in picture {i + 1}?", a) for q, a in about]
-    pairs.append((question.replace("<image ", "picture ").replace(">", ""), right))
+        # With several images an open question must name the image.
+        pairs += about if len(sets) == 1 else [(f"{q[:-1]} in image {i + 1}?", a) for q, a in about]
+    pairs.append((question.replace("<image ", "image ").replace(">", ""), right))
     texts: list[str] = []
     answer = right
     if kind < 2:
@@ -282,7 +282,7 @@ def exam(rng: np.random.Generator, index: int) -> list[Document]:
         "question_type": "multiple-choice" if kind < 2 else "open",
         "subfield": "Shapes",
     }
-    return [Document(row, pictures[0], None, answer, wrong, marks, tuple(pairs), tuple(pictures[1:]))]
+    return [Document(row, images[0], None, answer, wrong, marks, tuple(pairs), tuple(images[1:]))]
 
 
 def _tokens(count: int) -> str:

@@ -103,7 +103,7 @@ def ensure(
 
 @functools.cache
 def _version() -> str:
-    """The generators' version and a hash of their source: an edit without a new version must not find old pictures."""
+    """The generators' version and a hash of their source: an edit without a new version must not find old images."""
     sources = sorted((f for f in files("visionselector_eval.tasks.tiny").iterdir() if f.name.endswith(".py")), key=str)
     sha = hashlib.sha256(b"".join(f.read_bytes() for f in sources if f.name != "store.py"))
     return f"{GENERATOR_VERSION}.{sha.hexdigest()[:8]}"
@@ -121,13 +121,13 @@ def _write(documents: list[Document], folder: Path, made_by: Mirror) -> None:
         (folder / "clips").mkdir(exist_ok=True)
     for document in documents:
         row = dict(document.row)
-        pictures = [] if made_by.media == "clip" else [_png(p) for p in document.pictures()]
+        images = [] if made_by.media == "clip" else [_png(p) for p in document.images()]
         if made_by.media == "image":
-            row["image"] = pictures[0]
+            row["image"] = images[0]
         elif made_by.media == "images":
-            row |= {f"image_{i + 1}": pictures[i] if i < len(pictures) else None for i in range(_MOST_PICTURES)}
+            row |= {f"image_{i + 1}": images[i] if i < len(images) else None for i in range(_MOST_PICTURES)}
         elif made_by.media == "frames":
-            row["image"] = pictures
+            row["image"] = images
         else:
             assert document.frames is not None
             write_clip(folder / "clips" / clip_name(made_by, row), document.frames)

@@ -616,7 +616,7 @@ def test_vispruner_tells_similarities_apart_that_float32_takes_for_equal():
 
 
 def smooth_tokens(seed: int) -> VisualTokens:
-    """24 x 24 tokens as of a picture: neighbours are alike, all have a common part, and copies are rare."""
+    """24 x 24 tokens as of an image: neighbours are alike, all have a common part, and copies are rare."""
     generator = torch.Generator().manual_seed(seed)
     fields = torch.nn.functional.interpolate(
         torch.randn(1, 16, 6, 6, generator=generator), size=(24, 24), mode="bicubic"

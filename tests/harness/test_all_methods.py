@@ -16,7 +16,7 @@ TINY = ["--device", "cpu", "--dtype", "float32", "--attn-implementation", "sdpa"
 @pytest.mark.versions
 @pytest.mark.slow
 def test_one_command_compares_all_of_them(tmp_path, capsys):
-    """A cell for each method, and for a combination, on a picture, several pictures and a video; none failed."""
+    """A cell for each method, and for a combination, on an image, several images and a video; none failed."""
     methods = sorted({*BUILTIN, "visionselector+fastv"} - {"full"})
     tasks = ["tiny_chartqa", "tiny_mmmu_val", "tiny_videomme"]
     grid = ["--methods", *methods, "--budgets", "0.2", "--tasks", *tasks, "--output", str(tmp_path / "run")]

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from local_data import CLIPS, DOCUMENTS, SERVER, break_picture, write_task
+from local_data import CLIPS, DOCUMENTS, SERVER, break_image, write_task
 
 from visionselector_eval.harness import cli
 from visionselector_eval.harness.store.run import load_run
@@ -131,15 +131,15 @@ def test_what_can_not_be_run_is_one_line(what: str, said: str, run: Any, tmp_pat
 
 def bad(root: Path, what: str) -> tuple[str, list[int], str]:
     """A task with documents that can't be read; its name, their numbers, and what is said of the first."""
-    if what == "picture":
-        break_picture(chart(root), 1)
+    if what == "image":
+        break_image(chart(root), 1)
         return "chartqa", [1], "its media cannot be read (cannot identify image file)"
     write_task(root, "videomme")
     (root / CLIPS["videomme"][1]).unlink()
     return "videomme", [2, 3], "its media cannot be read (video 'clip1' is neither in "
 
 
-@pytest.mark.parametrize("what", ["picture", "video"])
+@pytest.mark.parametrize("what", ["image", "video"])
 def test_a_bad_document_fails_its_cells_by_name(what: str, run: Any, tmp_path: Path) -> None:
     """The reason is in the table; cells of other tasks are finished."""
     task, numbers_, said = bad(tmp_path / "root", what)
@@ -158,7 +158,7 @@ def test_a_bad_document_fails_its_cells_by_name(what: str, run: Any, tmp_path: P
     assert (code, "failed" in out) == (0, False)
 
 
-@pytest.mark.parametrize("what", ["picture", "video"])
+@pytest.mark.parametrize("what", ["image", "video"])
 def test_a_skipped_document_is_counted(what: str, run: Any, tmp_path: Path) -> None:
     task, numbers_, said = bad(tmp_path / "root", what)
     code, out, _ = run("--data-root", str(tmp_path / "root"), "--tasks", task, "--on-bad-document", "skip")

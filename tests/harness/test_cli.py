@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from battery import picture
+from battery import draw_image
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -39,11 +39,11 @@ SMALL = ["--methods", "divprune", "--budgets", "0.2", "--tasks", "tiny_pope", "-
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory) -> Path:
-    """A folder with a picture, a video and a file that is neither."""
+    """A folder with an image, a video and a file that is neither."""
     folder = tmp_path_factory.mktemp("media")
-    picture(224, 224).save(folder / "picture.png")
-    clips.write_clip(folder / "clip.mp4", np.stack([np.asarray(picture(112, 112, i)) for i in range(8)]))
-    (folder / "text.png").write_text("no picture")
+    draw_image(224, 224).save(folder / "picture.png")
+    clips.write_clip(folder / "clip.mp4", np.stack([np.asarray(draw_image(112, 112, i)) for i in range(8)]))
+    (folder / "text.png").write_text("no image")
     (folder / "text.mp4").write_text("no video")
     return folder
 

@@ -248,7 +248,7 @@ def test_scores_whose_largest_is_not_known_are_left_out() -> None:
 
 
 def test_clusters_are_worth_fewer_documents() -> None:
-    # Three pictures of four questions with 4, 2 and 0 right: se^2 = 3/2 * 8 / 144, worth .25 / se^2 = 3 documents;
+    # Three images of four questions with 4, 2 and 0 right: se^2 = 3/2 * 8 / 144, worth .25 / se^2 = 3 documents;
     # t(2, .975) = 4.3027.
     right = [True] * 4 + [True, True, False, False] + [False] * 4
     clusters = ["a"] * 4 + ["b"] * 4 + ["c"] * 4
@@ -261,7 +261,7 @@ def test_clusters_are_worth_fewer_documents() -> None:
 
 
 def test_clusters_of_the_run_are_used() -> None:
-    clusters = [f"picture {number // 4}" for number in range(20)]
+    clusters = [f"image {number // 4}" for number in range(20)]
     clustered, alone = plain(clusters=clusters).row(), plain().row()
     assert clustered.accuracy_a == alone.accuracy_a
     assert clustered.high_a - clustered.low_a > alone.high_a - alone.low_a

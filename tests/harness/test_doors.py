@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from battery import picture
+from battery import draw_image
 
 from visionselector_eval.harness import cli
 from visionselector_eval.harness.profiler.run import _workloads
@@ -88,7 +88,7 @@ def test_the_default_is_the_same_at_every_door(kind, name, protocol, real, tmp_p
     )
     assert workload.settings["protocol"] == protocol
     assert {name: workload.settings["media"][name] for name in expected} == expected
-    picture(112, 112).save(tmp_path / "picture.png")
+    draw_image(112, 112).save(tmp_path / "picture.png")
     ask = ["ask", "--image", str(tmp_path / "picture.png"), "What?", "--pretrained", pretrained, "--device", "cpu"]
     totals = []
     for extra in ([], ["--protocol", protocol]):
@@ -98,7 +98,7 @@ def test_the_default_is_the_same_at_every_door(kind, name, protocol, real, tmp_p
 
 
 def test_the_command_on_the_embedded_checkpoint_scores(real):
-    """As documented: with the protocol of another family of pictures it would answer nothing right."""
+    """As documented: with the protocol of another family of images it would answer nothing right."""
     bound = binding.bind("tiny_chartqa", limit=8)
     results = lmms.lmms_eval().simple_evaluate(
         model=stock(VisionSelectorQwen2_5_VL, "tiny"),
@@ -112,7 +112,7 @@ def test_the_command_on_the_embedded_checkpoint_scores(real):
 
 
 def test_wrong_flags_of_ask_and_profile_are_one_clear_line(tmp_path, capsys):
-    picture(112, 112).save(tmp_path / "picture.png")
+    draw_image(112, 112).save(tmp_path / "picture.png")
     ask = ["ask", "--image", str(tmp_path / "picture.png"), "What?", "--device", "cpu"]
     for arguments, message in (
         ([*ask, "--protocol", "losless"], "unknown protocol 'losless': did you mean 'lossless'"),
@@ -135,7 +135,7 @@ def layout(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def test_mmmu_under_visionselector_is_asked_as_published():
-    """All pictures before one text that keeps `<image 1>`, and 16 new tokens; elsewhere as lmms-eval has it."""
+    """All images before one text that keeps `<image 1>`, and 16 new tokens; elsewhere as lmms-eval has it."""
     bound = binding.bind(MMMU, limit=4)
     asked = {name: binding.requests(bound, name) for name in ("visionselector", "lmms_eval")}
     for ours, theirs in zip(*asked.values(), strict=True):
@@ -146,8 +146,8 @@ def test_mmmu_under_visionselector_is_asked_as_published():
         assert ours.generation["max_new_tokens"] == 16
         assert "<image" not in str(layout(theirs.messages()))
         assert theirs.generation["max_new_tokens"] == 128
-        pictures = [[p["image"] for m in r.messages() for p in m["content"] if "image" in p] for r in (ours, theirs)]
-        assert [p.tobytes() for p in pictures[0]] == [p.tobytes() for p in pictures[1]]
+        images = [[p["image"] for m in r.messages() for p in m["content"] if "image" in p] for r in (ours, theirs)]
+        assert [p.tobytes() for p in images[0]] == [p.tobytes() for p in images[1]]
     longer = binding.requests(bound, "visionselector", {"max_new_tokens": 64})
     assert {r.generation["max_new_tokens"] for r in longer} == {64}
     assert (

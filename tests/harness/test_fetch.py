@@ -40,8 +40,8 @@ class FakeHub(fetch.Hub):
     def dataset(self, path: str, name: str | None, split: str, **settings: Any) -> datasets.Dataset:
         self.asked.append((path, name, split, settings))
         if name == "testdev_balanced_images":
-            pictures = [PICTURE.resize((56 + 28 * i, 56)) for i in range(3)]
-            return dataset([{"id": f"p{i}", "image": p} for i, p in enumerate(pictures)])
+            images = [PICTURE.resize((56 + 28 * i, 56)) for i in range(3)]
+            return dataset([{"id": f"p{i}", "image": p} for i, p in enumerate(images)])
         if name == "testdev_balanced_instructions":
             return dataset([{"imageId": f"p{i}", "question": "Which?", "answer": "dog"} for i in (2, 0, 2, 1)])
         for task, (own, rows) in DOCUMENTS.items():
@@ -149,19 +149,19 @@ def test_big_data_are_written_in_shards(hub: FakeHub, tmp_path: Path, monkeypatc
     assert [bound.tasks["chartqa"].eval_docs[i]["answer"] for i in range(4)] == list("0123")
 
 
-def test_pictures_are_joined_as_upstream_does(hub: FakeHub, tmp_path: Path) -> None:
+def test_images_are_joined_as_upstream_does(hub: FakeHub, tmp_path: Path) -> None:
     fetch.fetch(["gqa"], tmp_path)
     widths = [media_of(r, "image")[0].width for r in binding.requests(binding.bind("gqa", data_root=tmp_path))]
     assert widths == [112, 56, 112, 84]
 
 
-def test_pictures_in_files_of_a_cache_are_taken_along(hub: FakeHub, tmp_path: Path) -> None:
-    picture = tmp_path / "elsewhere.png"
-    PICTURE.save(picture)
-    rows = datasets.Dataset.from_list([{**DOCUMENTS["chartqa"][1][0], "image": str(picture)}])
+def test_images_in_files_of_a_cache_are_taken_along(hub: FakeHub, tmp_path: Path) -> None:
+    image = tmp_path / "elsewhere.png"
+    PICTURE.save(image)
+    rows = datasets.Dataset.from_list([{**DOCUMENTS["chartqa"][1][0], "image": str(image)}])
     hub.dataset = lambda *_, **__: rows.cast_column("image", datasets.Image())  # type: ignore[method-assign]
     fetch.fetch(["chartqa"], tmp_path / "root")
-    picture.unlink()
+    image.unlink()
     asked = binding.requests(binding.bind("chartqa", data_root=tmp_path / "root"))
     assert media_of(asked[0], "image")[0].size == PICTURE.size
 

@@ -38,8 +38,8 @@ def test_the_published_suite_on_both_families(backbones, tmp_path, monkeypatch, 
     assert set(cells.status) == {"done"}
     assert set(cells.task) == set(suite("llava_stf9"))
     assert cells.groupby("backbone").size().to_dict() == dict.fromkeys(backbones.values(), 9 * 4)
-    with_picture = samples[samples.total_tokens > 0]
-    tokens = with_picture.groupby(["backbone", "method"])[["kept_tokens", "total_tokens"]].max()
+    with_image = samples[samples.total_tokens > 0]
+    tokens = with_image.groupby(["backbone", "method"])[["kept_tokens", "total_tokens"]].max()
     for name, total in (("plain", 64), ("fused", 16)):
         own = tokens.loc[backbones[name]]
         assert set(own.total_tokens) == {total}
@@ -55,7 +55,7 @@ def test_the_published_suite_on_both_families(backbones, tmp_path, monkeypatch, 
 
 
 @pytest.mark.versions
-def test_videos_fail_with_a_reason_and_pictures_go_on(backbones, tmp_path, capsys):
+def test_videos_fail_with_a_reason_and_images_go_on(backbones, tmp_path, capsys):
     """LLaVA-1.5 takes none: its video cells fail alone, the other family's do not."""
     folder = tmp_path / "run"
     flags = ["--tasks", "tiny_pope", "tiny_mvbench_moving_direction", "--methods", "divprune", "--budgets", "0.25"]
@@ -67,7 +67,7 @@ def test_videos_fail_with_a_reason_and_pictures_go_on(backbones, tmp_path, capsy
     assert set(zip(failed.backbone, failed.task, strict=True)) == {
         (backbones["plain"], "tiny_mvbench_moving_direction")
     }
-    reason = "tiny_mvbench_moving_direction can't be answered: this backbone takes pictures, no videos"
+    reason = "tiny_mvbench_moving_direction can't be answered: this backbone takes images, no videos"
     assert all(error.startswith(reason) for error in failed.error)
     # Skipping is for documents: a task without any that can be answered is no score of 0.
     spec = {"backbones": [{"pretrained": backbones["plain"]}], "on_bad_document": "skip"}

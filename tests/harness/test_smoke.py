@@ -381,7 +381,7 @@ def test_the_workflow_of_the_documentation_is_one() -> None:
 def test_the_methods_are_really_those_that_are_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted where tokens are chosen: two pictures, one task."""
+    """Counted where tokens are chosen: two images, one task."""
     calls = []
     compress = DivPrune.compress
     monkeypatch.setattr(

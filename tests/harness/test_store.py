@@ -284,7 +284,7 @@ def test_load_run_gives_both_frames(run: Run) -> None:
     run.finish(DIGEST, record(label="divprune[x]"), samples().assign(cluster=[1, 1, 2]))
     run.finish(other, record(other, task="mme", score=1.0), samples().assign(doc_id=["a", "b", "c"]))
     failed = digest_of({**SETTINGS, "task": "pope"})
-    run.fail(failed, record(failed, task="pope", score=None, n_documents=0), "no such picture")
+    run.fail(failed, record(failed, task="pope", score=None, n_documents=0), "no such image")
     cells, table = load_run(run.folder)
     assert cells["task"].tolist() == ["chartqa", "mme", "pope"]
     assert cells["label"].tolist() == ["divprune[x]", "divprune", "divprune"]

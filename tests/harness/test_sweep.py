@@ -113,7 +113,7 @@ def test_a_run_has_the_promised_files_and_columns(finished):
 
 
 def test_kept_tokens_are_what_entered_the_model(finished, tiny):
-    """Measured, one number a document: those of the budget where pictures are ranked, whole grids when shrunk."""
+    """Measured, one number a document: those of the budget where images are ranked, whole grids when shrunk."""
     _, samples = load_run(finished)
     budget = parse_budget(0.2)
     for method, rows in samples.groupby("method"):
@@ -158,14 +158,14 @@ def test_the_full_row_is_the_stock_model(finished, tiny, tmp_path):
             for start in range(0, len(asked), size):
                 batch = asked[start : start + size]
                 chats = [request.messages() for request in batch]
-                pictures = [part["image"] for chat in chats for m in chat for part in m["content"] if "image" in part]
+                images = [part["image"] for chat in chats for m in chat for part in m["content"] if "image" in part]
                 texts = [
                     tiny.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
                     for chat in chats
                 ]
                 inputs = tiny.processor(
                     text=texts,
-                    images=[p.convert("RGB") for p in pictures],
+                    images=[p.convert("RGB") for p in images],
                     padding=True,
                     padding_side="left",
                     return_tensors="pt",
@@ -229,7 +229,7 @@ def test_sampled_answers_follow_their_seed(tmp_path):
 
 def test_one_vision_pass_serves_every_method_and_budget(tmp_path, monkeypatch):
     """Documents / batch size passes, whatever the number of cells; only the down-sampling control encodes again."""
-    passes, pictures, loads = [], [], []
+    passes, images, loads = [], [], []
     encode = Qwen2_5_VL.encode
 
     def counting(self, inputs, *args, **kwargs):
@@ -238,7 +238,7 @@ def test_one_vision_pass_serves_every_method_and_budget(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Qwen2_5_VL, "encode", counting)
     read = worker.Answerer.prepare
-    monkeypatch.setattr(worker.Answerer, "prepare", lambda *a: pictures.append(len(a[1])) or read(*a))
+    monkeypatch.setattr(worker.Answerer, "prepare", lambda *a: images.append(len(a[1])) or read(*a))
     load = worker.load_backbone
     monkeypatch.setattr(worker, "load_backbone", lambda *a, **k: loads.append(a) or load(*a, **k))
     worker._loaded.clear()
@@ -246,7 +246,7 @@ def test_one_vision_pass_serves_every_method_and_budget(tmp_path, monkeypatch):
     _, result = sweep(tmp_path / "a", methods=methods, budgets=[0.3, 0.2, 0.1], limit=6, batch_size=4)
     assert len(result.done) == 2 * (5 * 3 + 1)
     assert passes == [4, 2, 4, 2]
-    assert pictures == [4, 2, 4, 2]
+    assert images == [4, 2, 4, 2]
     assert len(loads) == 1
     passes.clear()
     sweep(tmp_path / "b", methods=["divprune", "downsample"], budgets=[0.3, 0.1], tasks=["tiny_pope"])
@@ -511,7 +511,7 @@ def test_another_batch_size_on_resume_loses_nothing(tmp_path):
 
 @pytest.fixture
 def third_party(tmp_path, monkeypatch):
-    """A package beside ours with a compressor that fails at its fifth picture while a file says so."""
+    """A package beside ours with a compressor that fails at its fifth image while a file says so."""
     site, switch = tmp_path / "site", tmp_path / "broken"
     (site / "fragile_plugin-1.0.dist-info").mkdir(parents=True)
     (site / "fragile_plugin-1.0.dist-info" / "METADATA").write_text("Name: fragile-plugin\nVersion: 1.0\n")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from battery import picture, user
+from battery import draw_image, user
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -69,14 +69,14 @@ def test_questions_are_worded_as_sweeps_word_them_for_llava(name: str, tmp_path:
 
 
 def test_an_answer_is_taught_with_its_end_and_right_after_the_prompt(untrained: Any) -> None:
-    chat = user(picture(224, 224), "What is the Tax?")
+    chat = user(draw_image(224, 224), "What is the Tax?")
     asked = untrained.processor.apply_chat_template(chat, add_generation_prompt=True)
     answered = untrained.processor.apply_chat_template([*chat, {"role": "assistant", "content": "A4"}])
     assert asked == "USER: <image>\nWhat is the Tax? ASSISTANT:"
     assert answered == f"{asked}A4<|im_end|>"
 
 
-def test_pictures_to_learn_fusion_from_are_square_and_never_asked(tmp_path: Path) -> None:
+def test_images_to_learn_fusion_from_are_square_and_never_asked(tmp_path: Path) -> None:
     file = fusion.write_lessons(tmp_path / "data", 12)
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(records) > 30
@@ -99,7 +99,7 @@ def test_train_tiny_of_family_llava_makes_a_checkpoint(tmp_path: Path) -> None:
     assert "| tiny_docvqa_val | " in (fused / "README.md").read_text()
     for made, method, budget in ((folder, "visionselector", 0.25), (fused, "full", 1.0)):
         backbone = load_backbone(str(made))
-        inputs = build_inputs(backbone.processor, [user(picture(224, 224), "What is the Tax?")], MediaSettings())
+        inputs = build_inputs(backbone.processor, [user(draw_image(224, 224), "What is the Tax?")], MediaSettings())
         assert len(backbone.prefill(inputs, build(method), budget).kept[0]) == 16
 
 

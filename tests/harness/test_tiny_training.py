@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from battery import picture, user
+from battery import draw_image, user
 from safetensors.torch import load_file
 
 from visionselector_eval.baselines import build
@@ -113,7 +113,7 @@ def test_train_tiny_makes_a_checkpoint_with_everything_in_it(
     assert stages_logged == {"vision", "language", "joint", "scorer", "predictor"}
 
     backbone = load_backbone(str(folder))
-    inputs = build_inputs(backbone.processor, [user(picture(224, 224), "What is the Tax?")], MediaSettings())
+    inputs = build_inputs(backbone.processor, [user(draw_image(224, 224), "What is the Tax?")], MediaSettings())
     for name in ("visionselector", "dynamic_qwen"):
         assert len(backbone.prefill(inputs, build(name), 0.25).kept[0]) == 16
 

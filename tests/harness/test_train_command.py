@@ -70,19 +70,19 @@ def _full(task: str) -> float:
 
 
 @pytest.mark.parametrize("task", sorted(MIRRORS))
-def test_training_pictures_are_none_of_the_evaluations(task):
+def test_training_images_are_none_of_the_evaluations(task):
     """By digest of what is shown, whatever is asked; also that the digest would find an equal one."""
-    taken = training_data.evaluation_pictures(task)
-    assert training_data.picture_digest(generate(task, 0, 2)[0]) in taken
-    drawn = {training_data.picture_digest(d) for d in generate(task, SEED, 24)}
+    taken = training_data.evaluation_images(task)
+    assert training_data.image_digest(generate(task, 0, 2)[0]) in taken
+    drawn = {training_data.image_digest(d) for d in generate(task, SEED, 24)}
     assert not drawn & taken
     drawn_rows = {d.digest() for d in generate(task, SEED, 24)}
     assert not drawn_rows & {d.digest() for d in generate(task, 0, 64)}
 
 
-def test_a_picture_that_sweeps_show_is_left_out(tmp_path, monkeypatch):
-    taken = frozenset({training_data.picture_digest(generate("tiny_docvqa_val", SEED, 2)[1])})
-    monkeypatch.setattr(training_data, "evaluation_pictures", lambda task: taken)
+def test_a_image_that_sweeps_show_is_left_out(tmp_path, monkeypatch):
+    taken = frozenset({training_data.image_digest(generate("tiny_docvqa_val", SEED, 2)[1])})
+    monkeypatch.setattr(training_data, "evaluation_images", lambda task: taken)
     report = training_data.write_mirrors(["tiny_docvqa_val"], tmp_path / "d", seed=SEED, documents=3)
     assert (report.samples, report.left_out) == (2, 1)
     assert {r["id"] for r in records(report.file)} == {"tiny_docvqa_val-000000", "tiny_docvqa_val-000002"}
@@ -105,7 +105,7 @@ def test_mirrors_in_blocks_are_all_different(tmp_path, monkeypatch):
         (["mirrors"], "give --output"),
         (["mirrors", "--output", "out", "--coco-share", "0.1"], "takes no --coco-share"),
         (["prepare-cambria", "--output", "out"], "did you mean 'prepare-cambrian'"),
-        (["prepare-cambrian", "--output", "out"], "needs the file and its pictures"),
+        (["prepare-cambrian", "--output", "out"], "needs the file and its images"),
         (["prepare-cambrian", "gone.jsonl", "--image-root", ".", "--output", "out"], "'gone.jsonl' is not there"),
         (["prepare-cambrian", "full/x", "--image-root", "gone", "--output", "out"], "is no folder"),
         (
@@ -130,7 +130,7 @@ def test_data_refuses_in_one_line(tmp_path, monkeypatch, capsys, arguments, reas
 
 @pytest.fixture
 def cambrian(tmp_path: Path) -> Path:
-    """A small file in the layout of Cambrian737k.jsonl, beside its pictures; two are missing, one line is damaged."""
+    """A small file in the layout of Cambrian737k.jsonl, beside its images; two are missing, one line is damaged."""
     lines = []
 
     def add(image: str | None, exists: bool = True) -> None:
@@ -157,7 +157,7 @@ def cambrian(tmp_path: Path) -> Path:
     return file
 
 
-def test_cambrian_is_split_and_missing_pictures_are_reported(cambrian, tmp_path, capsys):
+def test_cambrian_is_split_and_missing_images_are_reported(cambrian, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("data", "prepare-cambrian", cambrian, "--image-root", tmp_path / "images", "--output", out) == 0
     shown = capsys.readouterr().out
@@ -218,7 +218,7 @@ QUICK = ["--batch-size", "2", "--accumulation", "1", "--max-steps", "3", "--devi
 @pytest.mark.versions
 def test_train_export_and_ask_with_the_result(mirrors, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    picture = next((mirrors.parent / "media").iterdir())
+    image = next((mirrors.parent / "media").iterdir())
     spec = {"data": [str(mirrors)], "learning_rate": "3e-4", "budget": "20%"}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(spec))
     assert run("train", "visionselector", "--spec", "tiny.yaml", *QUICK, "--dry-run") == 0
@@ -238,7 +238,7 @@ def test_train_export_and_ask_with_the_result(mirrors, tmp_path, monkeypatch, ca
     assert run("export", "runs/visionselector", "full") == 0
     assert run("export", "--to", "scorer", "full", "back") == 0
     assert Path("back/scorer.safetensors").read_bytes() == Path("runs/visionselector/scorer.safetensors").read_bytes()
-    ask = ["ask", "--image", picture, "Q", "--max-new-tokens", "2", "--budget", "0.2", "--method", "visionselector"]
+    ask = ["ask", "--image", image, "Q", "--max-new-tokens", "2", "--budget", "0.2", "--method", "visionselector"]
     assert run(*ask, "--pretrained", "full") == 0
     from_checkpoint = capsys.readouterr().out
     assert run(*ask, "--scorer", "runs/visionselector") == 0

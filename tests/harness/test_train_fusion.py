@@ -55,15 +55,15 @@ def test_both_stages_and_a_sweep_of_the_result(plain, data, tmp_path, monkeypatc
     assert run(*second) == 0
     assert "finished after 2 steps" in capsys.readouterr().out
     assert load_backbone("two").remark
-    picture = data.parent / "0.png"
-    assert run("ask", "--pretrained", "two", "--image", picture, "Q", "--max-new-tokens", "2", "--budget", "1.0") == 0
+    image = data.parent / "0.png"
+    assert run("ask", "--pretrained", "two", "--image", image, "Q", "--max-new-tokens", "2", "--budget", "1.0") == 0
     assert run("export", "one", "whole") == 0
     assert run("export", "--to", "fusion", "whole", "again") == 0
     assert Path("again/fusion.safetensors").read_bytes() == Path("one/fusion.safetensors").read_bytes()
     answers = {}
     for name in ("two", "whole"):
         capsys.readouterr()
-        assert run("ask", "--pretrained", name, "--image", picture, "Q", "--max-new-tokens", "2") == 0
+        assert run("ask", "--pretrained", name, "--image", image, "Q", "--max-new-tokens", "2") == 0
         answers[name] = capsys.readouterr().out
         assert "trained fusion, LLM retrained" in answers[name]
 

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from battery import CANONICAL, COMPRESSORS, PROMPTS, Row, clip, picture, same_tensor, user
+from battery import CANONICAL, COMPRESSORS, PROMPTS, Row, clip, draw_image, same_tensor, user
 from families import FAMILIES, Subject
 
 from visionselector_eval.baselines import Tokens, build, parse_budget
@@ -148,7 +148,7 @@ def test_a_batch_row_equals_its_single_run(row: Row, subject):
 @every_compressor
 def test_two_images(row: Row, subject):
     """Canonical: each image as if it were alone. Upstream: one scope, so that budgets can move between images."""
-    first, second = picture(224, 280), picture(140, 112, 1)
+    first, second = draw_image(224, 280), draw_image(140, 112, 1)
     backbone, method = subject.backbone, subject.backbone.bind(row.build())
     pair = inputs_for(backbone, [user(first, "and", second, "What?")])
     sizes = [len(item.features) for item in backbone.encode(pair, frozenset()).rows[0]]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from battery import PROMPTS, clip, picture, same_tensor, user
+from battery import PROMPTS, clip, draw_image, same_tensor, user
 from safetensors.torch import load_file, save_file
 
 from visionselector_eval.baselines import InputError, Tokens, build, parse_budget
@@ -385,8 +385,8 @@ def test_changed_states_go_on_to_the_next_layers(tiny):
 
 
 def test_a_visual_token_at_the_prompts_end_stays(tiny):
-    """No chat template makes such a prompt, but a hand-made one may end in its picture."""
-    inputs = inputs_for(tiny, [user("What is it?", picture(140, 112))])
+    """No chat template makes such a prompt, but a hand-made one may end in its image."""
+    inputs = inputs_for(tiny, [user("What is it?", draw_image(140, 112))])
     end = int((inputs["input_ids"][0] == tiny.model.config.image_token_id).nonzero()[-1]) + 1
     inputs = {k: v[:, :end] if v.shape[:1] == (1,) and v.ndim == 2 and k != "image_grid_thw" else v
               for k, v in inputs.items() if k != "mm_token_type_ids"}  # fmt: skip
@@ -420,8 +420,8 @@ def test_two_dimensional_masks_of_flash_attention(tiny):
     AttentionMaskInterface.register("flash_by_hand", ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
     backbone = load_backbone("tiny")
     backbone.model.model.language_model.config._attn_implementation = "flash_by_hand"
-    two = [user(picture(140, 112), "A?"), user(picture(140, 112, 1), "B?")]
-    mixed = [user(picture(140, 112), "What is it, then?"), user(picture(168, 140), "?")]
+    two = [user(draw_image(140, 112), "A?"), user(draw_image(140, 112, 1), "B?")]
+    mixed = [user(draw_image(140, 112), "What is it, then?"), user(draw_image(168, 140), "?")]
     for conversations in (PROMPTS["one image"](), PROMPTS["batch of three"](), two, mixed):
         inputs = inputs_for(tiny, conversations)
         for method in (build("pyramiddrop"), build("fastv")):
@@ -436,8 +436,8 @@ def test_two_dimensional_masks_of_flash_attention(tiny):
 
 
 def test_rows_of_equal_length_that_part_ways(tiny, tiny_eager):
-    """No padding at first, so that transformers makes no mask: pictures of different sizes, texts that even it out."""
-    conversations = [user(picture(140, 112), "?" * 11), user(picture(168, 140), "?")]  # 20 + 11 and 30 + 1
+    """No padding at first, so that transformers makes no mask: images of different sizes, texts that even it out."""
+    conversations = [user(draw_image(140, 112), "?" * 11), user(draw_image(168, 140), "?")]  # 20 + 11 and 30 + 1
     for backbone in (tiny, tiny_eager):
         inputs = inputs_for(backbone, conversations)
         assert bool(inputs["attention_mask"].all())
@@ -473,7 +473,7 @@ def test_the_view_agrees_with_the_maps_that_eager_attention_writes_out(tiny_eage
             seen["final"] = view.final_norm(view.hidden)
             return super().keep(view, members, count)
 
-    inputs = inputs_for(tiny_eager, [user(picture(140, 112), "What?"), user(clip(2), "A longer one?")][:1])
+    inputs = inputs_for(tiny_eager, [user(draw_image(140, 112), "What?"), user(clip(2), "A longer one?")][:1])
     hand = ByHand(tiny_eager, inputs, 0)
     tables = hand.core.rotary_emb(hand.embeds, hand.positions)
     hidden, maps = hand.embeds, []

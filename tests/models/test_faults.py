@@ -38,7 +38,7 @@ def texts(answerer: Answerer, requests: list[Request], seed: int = 0, method: st
     ("broken", "reason"),
     [
         (request("long", size=(9000, 12)), "processor refused the input"),
-        (request("image", "Is <|image_pad|> a picture?"), r"invalid prompt text.*<\|image_pad\|>"),
+        (request("image", "Is <|image_pad|> an image?"), r"invalid prompt text.*<\|image_pad\|>"),
         (request("video", "Is <|video_pad|> a video?"), r"invalid prompt text.*<\|video_pad\|>"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Pictures, videos and prompts on their way to the processor."""
+"""Images, videos and prompts on their way to the processor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from battery import picture, user
+from battery import draw_image, user
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -63,7 +63,7 @@ def test_a_video_gives_its_frames_and_their_times(tmp_path):
 
 def test_bad_media_is_one_clear_line(tmp_path):
     (tmp_path / "fake.mp4").write_bytes(b"no video")
-    (tmp_path / "fake.png").write_bytes(b"no picture")
+    (tmp_path / "fake.png").write_bytes(b"no image")
     for path, read in (
         (tmp_path / "absent.mp4", lambda p: read_video(p, MediaSettings())),
         (tmp_path / "fake.mp4", lambda p: read_video(p, MediaSettings())),
@@ -78,7 +78,7 @@ def test_bad_media_is_one_clear_line(tmp_path):
 
 
 def test_pixel_bounds_and_system_prompt_reach_the_prompt(tiny):
-    conversation = [user(picture(224, 224), "What?")]
+    conversation = [user(draw_image(224, 224), "What?")]
     tokens = []
     for settings in (MediaSettings(), MediaSettings(max_pixels=16 * 784), MediaSettings(min_pixels=100 * 784)):
         inputs = build_inputs(tiny.processor, conversation, settings)
@@ -143,9 +143,9 @@ def test_received_attention_holds_no_square(monkeypatch):
 
 
 def test_traces_come_back_in_raster_order(tiny):
-    """Window order round trip: per-patch quantities of a picture land on their own token."""
+    """Window order round trip: per-patch quantities of an image land on their own token."""
     inputs = tiny.to_device(
-        build_inputs(tiny.processor, [user(picture(252, 308), picture(140, 196, 1), "What?")], MediaSettings())
+        build_inputs(tiny.processor, [user(draw_image(252, 308), draw_image(140, 196, 1), "What?")], MediaSettings())
     )
     encoded = tiny.encode(inputs)
     visual = tiny.model.model.visual
@@ -178,8 +178,8 @@ def test_traces_come_back_in_raster_order(tiny):
     assert torch.allclose(torch.cat([item.trace.keys for item in encoded.rows[0]]), keys, atol=1e-5)
 
 
-def test_prompts_that_do_not_fit_their_pictures_are_refused(tiny):
-    inputs = build_inputs(tiny.processor, [user(picture(112, 112), "What?")], MediaSettings())
+def test_prompts_that_do_not_fit_their_images_are_refused(tiny):
+    inputs = build_inputs(tiny.processor, [user(draw_image(112, 112), "What?")], MediaSettings())
     cut_short = {**inputs, "input_ids": inputs["input_ids"][:, 12:], "attention_mask": inputs["attention_mask"][:, 12:]}
     ids = inputs["input_ids"].clone()
     ids[ids == tiny.model.config.image_token_id] = 5
@@ -205,8 +205,8 @@ def test_the_published_frame_sampling_repeats_frames_of_short_clips(tmp_path):
     assert len({int(f.mean()) for f in once}) == 8
 
 
-def test_protocols_change_the_picture():
-    image = picture(112, 168)
+def test_protocols_change_the_image():
+    image = draw_image(112, 168)
     assert prepare_image(image, MediaSettings()) is image
     again = prepare_image(image, MediaSettings(jpeg=True))
     assert again.size == image.size

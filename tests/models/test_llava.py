@@ -11,7 +11,7 @@ from pathlib import Path
 import llava_checkpoint
 import pytest
 import torch
-from battery import PROMPTS, clip, picture, user
+from battery import PROMPTS, clip, draw_image, user
 from llava_checkpoint import save_llava
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -38,7 +38,7 @@ def two(llava):
 
 @pytest.fixture(scope="module")
 def states(llava, two):
-    """Hidden states of the tower for both pictures, by transformers."""
+    """Hidden states of the tower for both images, by transformers."""
     with torch.no_grad():
         return llava.model.model.vision_tower(two["pixel_values"], output_hidden_states=True).hidden_states
 
@@ -185,25 +185,25 @@ def upstream_template() -> str:
     return ast.literal_eval(assigned["VICUNA_CHAT_TEMPLATE"])
 
 
-@pytest.mark.parametrize("pictures", [0, 1, 2])
-def test_without_a_template_prompts_are_those_of_llava_hf(pictures, llava):
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_without_a_template_prompts_are_those_of_llava_hf(number, llava):
     tokenizer = llava.processor.tokenizer
-    marks = " ".join(["<image>"] * pictures)
-    context = f"{marks}\nWhat is it?" if pictures else "What is it?"
+    marks = " ".join(["<image>"] * number)
+    context = f"{marks}\nWhat is it?" if number else "What is it?"
     wanted = tokenizer.apply_chat_template(
         [{"role": "user", "content": context}],
         chat_template=upstream_template(),
         tokenize=False,
         add_generation_prompt=True,
     )
-    images = [picture(56, 56)] * pictures
+    images = [draw_image(56, 56)] * number
     conversation = user(*images, "What is it?")
     ours = llava.processor.apply_chat_template(
         conversation, chat_template=VICUNA_TEMPLATE, tokenize=False, add_generation_prompt=True
     )
     assert ours == wanted
     # Text alone as a plain string, as datasets for training have it.
-    if not pictures:
+    if not number:
         plain = [{"role": "user", "content": "What is it?"}]
         assert wanted == llava.processor.apply_chat_template(
             plain, chat_template=VICUNA_TEMPLATE, tokenize=False, add_generation_prompt=True
@@ -230,7 +230,7 @@ def test_the_question_ends_where_the_answer_begins(llava):
     assert "Just text." in said[2]
 
 
-def test_pictures_can_be_padded_to_a_square(llava):
+def test_images_can_be_padded_to_a_square(llava):
     wide = Image.new("RGB", (200, 100), (255, 255, 255))
     padded = inputs_for(llava, [user(wide, "What?")], pad_square=True)["pixel_values"][0]
     assert padded[:, :20].abs().max() < 0.02  # CLIP's mean colour
@@ -240,13 +240,13 @@ def test_pictures_can_be_padded_to_a_square(llava):
     assert torch.equal(bounded[0], padded)
 
 
-def test_down_sampled_pictures_have_fewer_tokens(llava, two):
+def test_down_sampled_images_have_fewer_tokens(llava, two):
     shorter = llava.compress(two, build("downsample"), 0.25)
     assert shorter.totals == [128]
     assert [len(kept) for kept in shorter.kept] == [32]
     text = two["input_ids"].shape[1] - 128
     assert shorter.input_ids.shape[1] == text + 32
-    # The tower's own positions, interpolated: what transformers makes of the smaller picture.
+    # The tower's own positions, interpolated: what transformers makes of the smaller image.
     smaller = llava.resize(llava.to_device(two), build("downsample"), build_budget(0.25))
     with torch.no_grad():
         tower = llava.model.model.vision_tower(
@@ -311,31 +311,31 @@ def test_another_tower_is_refused(tmp_path):
 
 
 def test_videos_are_refused(llava):
-    with pytest.raises(InputError, match="takes pictures, no videos"):
+    with pytest.raises(InputError, match="takes images, no videos"):
         inputs_for(llava, [user(clip(), "What moves?")])
 
 
-def test_prompts_and_pictures_must_match(llava, two):
+def test_prompts_and_images_must_match(llava, two):
     first = int((two["input_ids"][0] == llava.model.config.image_token_id).nonzero()[0])
-    with pytest.raises(InputError, match="2 pictures were given but the prompts have placeholders for 1"):
+    with pytest.raises(InputError, match="2 images were given but the prompts have placeholders for 1"):
         llava.encode({**two, "input_ids": two["input_ids"][:, first + 64 :]})
     with pytest.raises(InputError, match="no multiple of the 64 tokens"):
         llava.encode({**two, "input_ids": two["input_ids"][:, 40:]})
-    with pytest.raises(InputError, match="placeholders for pictures but none are given"):
+    with pytest.raises(InputError, match="placeholders for images but none are given"):
         llava.encode({"input_ids": two["input_ids"]})
-    with pytest.raises(InputError, match="2 pictures were given but the prompts have placeholders for 0"):
+    with pytest.raises(InputError, match="2 images were given but the prompts have placeholders for 0"):
         llava.encode({**inputs_for(llava, PROMPTS["text only"]()), "pixel_values": two["pixel_values"]})
 
 
 # Published schedules -------------------------------------------------------------------------------------------------
 
 
-REQUEST = Request(key="k", messages=lambda: user(picture(168, 168), "What is it?"), generation={"max_new_tokens": 2})
+REQUEST = Request(key="k", messages=lambda: user(draw_image(168, 168), "What is it?"), generation={"max_new_tokens": 2})
 
 
 @pytest.fixture(scope="module")
 def deep(llava, tmp_path_factory):
-    """As LLaVA-1.5-7B: 576 tokens a picture, 32 layers."""
+    """As LLaVA-1.5-7B: 576 tokens an image, 32 layers."""
     text = LlamaConfig(
         hidden_size=llava_checkpoint.WIDTH,
         intermediate_size=64,
@@ -372,7 +372,7 @@ def deep(llava, tmp_path_factory):
     ("called", "left"), [(192, (309, 204, 113)), (128, (312, 117, 39)), (96, (249, 55, 27)), (64, (82, 32, 18))]
 )
 def test_published_sparsevlm_leaves_the_published_tokens_in_every_layer(deep, called, left, upstream_exact):
-    inputs = inputs_for(deep, [user(picture(168, 168), "What is it?")])
+    inputs = inputs_for(deep, [user(draw_image(168, 168), "What is it?")])
     method = build("sparsevlm", schedule="published", upstream_exact=upstream_exact)
     out = deep.prefill(inputs, method, f"{called}tok")
     text = inputs["input_ids"].shape[1] - 576
@@ -389,7 +389,7 @@ def test_published_sparsevlm_leaves_the_published_tokens_in_every_layer(deep, ca
 
 
 def test_published_sparsevlm_counts_each_image_alone_and_refuses_upstreams_scope_of_two(deep):
-    inputs = inputs_for(deep, [user(picture(168, 168), picture(168, 168, 1), "What are they?")])
+    inputs = inputs_for(deep, [user(draw_image(168, 168), draw_image(168, 168, 1), "What are they?")])
     out = deep.prefill(inputs, build("sparsevlm", schedule="published"), "64tok")
     assert [int((out.kept[0] < 576).sum()), int((out.kept[0] >= 576).sum())] == [18, 18]
     with pytest.raises(InputError, match="all images of a prompt together has 1152"):
@@ -397,7 +397,7 @@ def test_published_sparsevlm_counts_each_image_alone_and_refuses_upstreams_scope
 
 
 def test_published_schedules_keep_the_stock_model_at_budget_1(deep):
-    inputs = inputs_for(deep, [user(picture(168, 168), "What is it?")])
+    inputs = inputs_for(deep, [user(draw_image(168, 168), "What is it?")])
     stock = deep.prefill(inputs, build("full"), 1.0)
     for name in ("sparsevlm", "pyramiddrop"):
         out = deep.prefill(inputs, build(name, schedule="published"), 1.0)
@@ -405,7 +405,7 @@ def test_published_schedules_keep_the_stock_model_at_budget_1(deep):
 
 
 def test_published_pyramiddrop_on_32_layers_is_the_default_at_its_budget(deep):
-    inputs = inputs_for(deep, [user(picture(168, 168), "What is it?")])
+    inputs = inputs_for(deep, [user(draw_image(168, 168), "What is it?")])
     ours, published = (
         deep.prefill(inputs, build("pyramiddrop", **options), 0.125) for options in ({}, {"schedule": "published"})
     )
@@ -416,7 +416,7 @@ def test_published_pyramiddrop_on_32_layers_is_the_default_at_its_budget(deep):
 
 def test_a_budget_that_contradicts_a_schedule_is_refused_before_anything_is_run(deep, llava):
     method = build("sparsevlm", schedule="published")
-    inputs = inputs_for(deep, [user(picture(168, 168), "What is it?")])
+    inputs = inputs_for(deep, [user(draw_image(168, 168), "What is it?")])
     for run in (lambda: CompressorAtBudget(method, Share(0.2)), lambda: deep.prefill(inputs, method, 0.2)):
         with pytest.raises(InputError, match=r"budget 0.2 contradicts schedule=published"):
             run()
@@ -426,7 +426,7 @@ def test_a_budget_that_contradicts_a_schedule_is_refused_before_anything_is_run(
 
 @pytest.mark.parametrize("upstream_exact", [False, True])
 def test_visionzip_on_a_clip_tower_merges_10_of_64_tokens(deep, upstream_exact):
-    inputs = inputs_for(deep, [user(picture(168, 168), "What is it?")])
+    inputs = inputs_for(deep, [user(draw_image(168, 168), "What is it?")])
     item = deep.encode(inputs).rows[0][0]
     method = build("visionzip", upstream_exact=upstream_exact)
     for count, contextual in ((64, 10), (128, 20), (192, 30)):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from battery import picture, user
+from battery import draw_image, user
 from llava_checkpoint import FUSED, PATCH, SIZE, WIDTH, save_llava
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
@@ -143,7 +143,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
     settings = MediaSettings(pad_square=True)
     theirs.processor.chat_template = VICUNA_TEMPLATE
     theirs.processor.image_processor = ours.processor.image_processor
-    conversations = [user(picture(224, 280), "and", picture(140, 112, 1), "What is it?"), user("Just text.")]
+    conversations = [user(draw_image(224, 280), "and", draw_image(140, 112, 1), "What is it?"), user("Just text.")]
     mine, reference = (build_inputs(b.processor, conversations, settings) for b in (ours, theirs))
     assert mine.keys() == reference.keys()
     assert all(torch.equal(mine[name], reference[name]) for name in reference)
@@ -253,7 +253,7 @@ def put(name: str, *shape: int) -> Any:
         (False, {"tower": "nowhere"}, None, "LLaVA checkpoint without vision tower weights: .*openai/clip-vit-large"),
         (False, {"tower": "no weights"}, None, "LLaVA checkpoint without vision tower weights"),
         (False, {"hidden_size": "gone"}, None, "lacks 'hidden_size'"),
-        (False, {"mm_use_im_start_end": True}, None, "puts markers around pictures"),
+        (False, {"mm_use_im_start_end": True}, None, "puts markers around images"),
         (False, {"mm_vision_select_feature": "cls_patch"}, None, "shows the CLS token"),
         (False, {"model_type": "llava_mistral"}, None, "family 'llava_mistral', which has no adapter"),
         (False, {}, drop("model.layers.1.mlp.up_proj.weight"), "1 tensors missing"),
@@ -326,7 +326,7 @@ def test_a_sentencepiece_model_is_read_as_the_original_code_reads_it(plain, tmp_
     assert again("USER: <image>\nwhat is</s> a").input_ids == tokenizer("USER: <image>\nwhat is</s> a").input_ids
     behind = tokenizer("USER: <image>\nwhat is").input_ids
     place = behind.index(315)
-    # The original code tokenises what stands on either side of a picture on its own.
+    # The original code tokenises what stands on either side of an image on its own.
     assert behind[1:place] == model.encode("USER: ")
     assert behind[place + 1 :] == model.encode("\nwhat is")
 

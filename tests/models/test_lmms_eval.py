@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from battery import picture
+from battery import draw_image
 from chat import media_of
 
 from visionselector_eval.baselines import InputError, available, parse_budget
@@ -67,9 +67,9 @@ def test_budget_one_is_a_plain_generate_of_the_same_prompt(model_class, tiny):
     plain = []
     for request in asked:
         chat = request.messages()
-        pictures = [part["image"].convert("RGB") for message in chat for part in message["content"] if "image" in part]
+        images = [part["image"].convert("RGB") for message in chat for part in message["content"] if "image" in part]
         text = tiny.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        inputs = tiny.processor(text=[text], images=pictures, return_tensors="pt")
+        inputs = tiny.processor(text=[text], images=images, return_tensors="pt")
         tokens = tiny.model.generate(**inputs, **generation_arguments(request.generation))
         answer = tiny.processor.tokenizer.decode(
             tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -87,7 +87,7 @@ def test_budget_one_is_a_plain_generate_of_the_same_prompt(model_class, tiny):
 
 @pytest.mark.parametrize("method", ["divprune", "downsample", "random"])
 def test_answers_do_not_depend_on_the_batch_size(method, model_class, tiny):
-    """Seven documents one by one, in threes with a rest, and all at once, pictures and videos in one call."""
+    """Seven documents one by one, in threes with a rest, and all at once, images and videos in one call."""
     seen = []
     for size in (1, 3, 7):
         model = model_class(backbone=tiny, method=method, budget="20%", batch_size=size, protocol="checkpoint")
@@ -131,7 +131,7 @@ def test_the_protocol_decides_the_pixels(model_class, tiny):
 
 
 def ask(model: Any, questions: list[tuple[str, dict[str, Any], Any]]) -> list[Any]:
-    """Answers to (question, generation settings, picture or None) as an evaluator would ask them."""
+    """Answers to (question, generation settings, image or None) as an evaluator would ask them."""
     from lmms_eval.api.instance import Instance
 
     def to_messages(document: tuple[str, Any]) -> list[dict[str, Any]]:
@@ -157,7 +157,7 @@ def test_answers_come_back_in_the_order_of_the_questions(model_class, tiny):
     """Different generation settings and prompts in one call: each question gets the answer it gets alone."""
     model = model_class(backbone=tiny, method="divprune", budget=0.3, batch_size=3, protocol="checkpoint")
     questions = [
-        (f"Question number {i} {'?' * i}", {"max_new_tokens": 3 + 4 * (i % 2)}, picture(112, 84 + 28 * i, i))
+        (f"Question number {i} {'?' * i}", {"max_new_tokens": 3 + 4 * (i % 2)}, draw_image(112, 84 + 28 * i, i))
         for i in range(5)
     ] + [("Just text?", {"max_new_tokens": 3}, None)]
     together = ask(model, questions)
@@ -191,19 +191,19 @@ def test_a_batch_has_one_limit_where_a_protocol_changes_that_of_one_task(model_c
 
 def test_until_cuts_the_answer(model_class, tiny):
     model = model_class(backbone=tiny, protocol="checkpoint")
-    whole = ask(model, [("What is it?", {"max_new_tokens": 12}, picture(112, 112))])[0].text
+    whole = ask(model, [("What is it?", {"max_new_tokens": 12}, draw_image(112, 112))])[0].text
     stop = next(character for character in whole if whole.index(character) > 0)
     for until in (stop, [stop], ["never there", stop], [stop, ""]):
         given = {"max_new_tokens": 12, "until": until}
-        assert ask(model, [("What is it?", given, picture(112, 112))])[0].text == whole.split(stop)[0]
+        assert ask(model, [("What is it?", given, draw_image(112, 112))])[0].text == whole.split(stop)[0]
     for until in (None, [], ["never there"]):
         given = {"max_new_tokens": 12, "until": until}
-        assert ask(model, [("What is it?", given, picture(112, 112))])[0].text == whole
+        assert ask(model, [("What is it?", given, draw_image(112, 112))])[0].text == whole
 
 
 def test_settings_of_other_models_are_ignored_and_temperature_zero_is_greedy(model_class, tiny):
     model = model_class(backbone=tiny, protocol="checkpoint")
-    image = picture(112, 112)
+    image = draw_image(112, 112)
     plain = ask(model, [("What?", {"max_new_tokens": 8}, image)])[0].text
     for extra in ({"temperature": 0, "top_p": None, "num_beams": 1}, {"image_aspect_ratio": "pad"}):
         assert ask(model, [("What?", {"max_new_tokens": 8, **extra}, image)])[0].text == plain
@@ -278,7 +278,7 @@ def test_repetitions_and_the_seed_of_the_command_give_other_samples(model_class,
 
 
 def test_a_task_that_a_family_cannot_answer_is_named(llava_class, llava):
-    with pytest.raises(InputError, match=rf"^{VIDEO} can't be answered: this backbone takes pictures.*leave this task"):
+    with pytest.raises(InputError, match=rf"^{VIDEO} can't be answered: this backbone takes images.*leave this task"):
         evaluate(llava_class(backbone=llava), [VIDEO], limit=1)
 
 
@@ -368,9 +368,9 @@ def test_llava_at_budget_one_is_a_plain_generate_of_llava_hfs_prompt(llava_class
     asked = binding.requests(binding.bind(IMAGES, limit=3, base_model="llava_hf"))
     plain = []
     for request in asked:
-        pictures = media_of(request, "image")
+        images = media_of(request, "image")
         text = llava.processor.apply_chat_template(request.messages(), tokenize=False, add_generation_prompt=True)
-        inputs = llava.processor(images=[p.convert("RGB") for p in pictures], text=text, return_tensors="pt")
+        inputs = llava.processor(images=[p.convert("RGB") for p in images], text=text, return_tensors="pt")
         tokens = llava.model.generate(**inputs, **generation_arguments(request.generation))
         answer = llava.processor.tokenizer.decode(
             tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -394,5 +394,5 @@ def test_llava_keeps_the_budget_in_batches(llava_class, llava):
 
 
 def test_llava_answers_no_video(llava_class, llava):
-    with pytest.raises(InputError, match="takes pictures, no videos"):
+    with pytest.raises(InputError, match="takes images, no videos"):
         evaluate(llava_class(backbone=llava, method="divprune", budget=0.2), [VIDEO], limit=1)

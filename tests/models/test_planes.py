@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from battery import CANONICAL, PROMPTS, Row, picture, same_tensor, user
+from battery import CANONICAL, PROMPTS, Row, draw_image, same_tensor, user
 
 from visionselector_eval.baselines import InputError, Selection, build
 from visionselector_eval.baselines.contract.base import Compressor
@@ -78,7 +78,7 @@ def unpadded(prompt: Any, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
 @pytest.mark.parametrize("row", [Row("full"), *BEFORE], ids=str)
 def test_kept_and_merged_tokens_bring_their_planes(deep: Deep, row: Row) -> None:
     """The planes of a merged token are merged by the weights of its features; two images and a row of plain text."""
-    prompts = [user(picture(224, 280), "and", picture(140, 112, 1), "What is it?"), user("Just text.")]
+    prompts = [user(draw_image(224, 280), "and", draw_image(140, 112, 1), "What is it?"), user("Just text.")]
     inputs, method, budget = inputs_for(deep, prompts), row.build(), 1.0 if row.name == "full" else 0.3
     compressed = deep.compress(inputs, method, budget)
     out = deep.run_llm(compressed)

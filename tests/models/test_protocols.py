@@ -35,7 +35,7 @@ def settings(protocol: str, **fields: Any) -> MediaSettings:
 
 
 def shown(processor: Any, part: dict[str, Any], protocol: str, **fields: Any) -> tuple[int, int, int]:
-    """Frames by two, and height and width in tokens, of the one picture or clip of a prompt."""
+    """Frames by two, and height and width in tokens, of the one image or clip of a prompt."""
     conversation = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
     inputs = build_inputs(processor, [conversation], settings(protocol, **fields))
     t, h, w = inputs["image_grid_thw" if part["type"] == "image" else "video_grid_thw"][0].tolist()
@@ -109,10 +109,10 @@ def test_published_sampling_of_short_clips():
     assert published_frame_indices(1, 25.0, 4) == [0, 0, 0, 0]
 
 
-# pictures ------------------------------------------------------------------------------------------------------------
+# images ------------------------------------------------------------------------------------------------------------
 
 
-def test_lmms_eval_resizes_a_picture_twice(tiny):
+def test_lmms_eval_resizes_a_image_twice(tiny):
     """To whole tokens near its own size, and then into bounds: another shape than in one step."""
     part = {"type": "image", "image": noise(900, 30)}
     assert shown(tiny.processor, part, "lmms_eval") == (1, 3, 91)
@@ -148,11 +148,11 @@ def test_fixed_resolutions(protocol, tokens, side, tiny):
 
 
 def test_a_tower_of_one_size_resizes_by_itself(llava):
-    picture = noise(50, 80)
+    image = noise(50, 80)
     for protocol in ("lmms_eval", "visionselector", "square_896"):
         plain = settings(protocol, jpeg=False, system_prompt="")
-        made = build_inputs(llava.processor, [user(picture, "What?")], plain)["pixel_values"]
-        assert made.equal(build_inputs(llava.processor, [user(picture, "What?")], MediaSettings())["pixel_values"])
+        made = build_inputs(llava.processor, [user(image, "What?")], plain)["pixel_values"]
+        assert made.equal(build_inputs(llava.processor, [user(image, "What?")], MediaSettings())["pixel_values"])
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_wrong_settings_are_one_clear_line(fields, message):
         MediaSettings(**fields)
 
 
-def test_a_strip_of_a_picture_is_one_clear_line(tiny):
+def test_a_strip_of_a_image_is_one_clear_line(tiny):
     with pytest.raises(InputError, match="9000x12 pixels is more than 200 times as long as wide"):
         build_inputs(tiny.processor, [user(noise(9000, 12), "What?")], settings("lmms_eval"))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from battery import COMPRESSORS, Row, picture, user
+from battery import COMPRESSORS, Row, draw_image, user
 from llava_checkpoint import FUSED, save_llava
 from torch.nn import functional as F
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig
@@ -29,12 +29,12 @@ from visionselector_eval.models.inputs import MediaSettings, build_inputs
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 SQUARE = MediaSettings(pad_square=True)
 PROMPTS = {
-    "one image": lambda: [user(picture(224, 280), "What is it?")],
-    "two images": lambda: [user(picture(224, 280), "and", picture(140, 112, 1), "What is it?")],
+    "one image": lambda: [user(draw_image(224, 280), "What is it?")],
+    "two images": lambda: [user(draw_image(224, 280), "and", draw_image(140, 112, 1), "What is it?")],
     "text only": lambda: [user("What is the capital of France?")],
     "batch of three": lambda: [
-        user(picture(224, 280), "What is it?"),
-        user(picture(140, 112, 1), "and", picture(112, 112, 2), "What are they, and which is larger?"),
+        user(draw_image(224, 280), "What is it?"),
+        user(draw_image(140, 112, 1), "and", draw_image(112, 112, 2), "What are they, and which is larger?"),
         user("Just text."),
     ],
 }
@@ -105,8 +105,8 @@ def test_sizes_of_the_published_model():
     ("shape", "grid", "message"),
     [
         ((1, 15, 24), None, "15 patches, which are no square"),
-        ((1, 25, 24), None, "picture has 5x5: both sides must be multiples of 2"),
-        ((1, 12, 24), (3, 4), "picture has 3x4"),
+        ((1, 25, 24), None, "image has 5x5: both sides must be multiples of 2"),
+        ((1, 12, 24), (3, 4), "image has 3x4"),
         ((1, 12, 24), (4, 4), "12 patches for a grid of 4x4"),
     ],
 )
@@ -228,7 +228,7 @@ def test_every_compressor_acts_on_fused_tokens(row: Row, prompt, fused, stock):
     assert out.totals == totals
     assert bool(torch.isfinite(out.logits).all())
     if row.exact_count and row.name != "full" and not row.options:
-        # 0.2 of 16 tokens are 3, for each picture.
+        # 0.2 of 16 tokens are 3, for each image.
         expected = [3 * (total // 16) for total in totals]
         assert [len(kept) for kept in out.kept] == expected
     answer = fused.generate(inputs, row.build(), 0.2, **GREEDY)
@@ -236,7 +236,7 @@ def test_every_compressor_acts_on_fused_tokens(row: Row, prompt, fused, stock):
     assert hooks_of(fused) == stock["hooks"]
 
 
-def test_pictures_of_another_size_go_by_their_own_grid(fused):
+def test_images_of_another_size_go_by_their_own_grid(fused):
     inputs = inputs_for(fused, PROMPTS["one image"]())
     small = fused.resize(fused.to_device(inputs), build("downsample"), Share(0.4))
     assert fused.encode(small).rows[0][0].grid == (1, 3, 2)
@@ -249,6 +249,6 @@ def test_pictures_of_another_size_go_by_their_own_grid(fused):
     assert tokens.shape == (8, 64)
     torch.testing.assert_close(tokens, wanted)
     assert not fused.model.model.multi_modal_projector._forward_pre_hooks
-    with pytest.raises(InputError, match="picture has 3x8: both sides must be multiples of 2"):
+    with pytest.raises(InputError, match="image has 3x8: both sides must be multiples of 2"):
         fused.features(flat[:, :, :42])
     assert not fused.model.model.multi_modal_projector._forward_pre_hooks

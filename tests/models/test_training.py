@@ -37,7 +37,7 @@ SETTINGS = MediaSettings()
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A JSONL file of 6 conversations about pictures of several sizes."""
+    """A JSONL file of 6 conversations about images of several sizes."""
     folder = tmp_path_factory.mktemp("samples")
     rng = np.random.default_rng(0)
     lines = []
@@ -90,10 +90,10 @@ def test_only_answers_are_learned_and_the_prompt_is_the_one_of_inference(tiny, s
     spoken = sample["input_ids"][sample["labels"] != IGNORED]
     assert decode(spoken) == "the first<|im_end|>\nno<|im_end|>\n"
     assert torch.equal(sample["labels"][sample["labels"] != IGNORED], spoken)
-    pictures = [{"type": "image", "image": str(samples.parent / name)} for name in ("0.png", "1.png")]
+    images = [{"type": "image", "image": str(samples.parent / name)} for name in ("0.png", "1.png")]
     asked = build_inputs(
         tiny.processor,
-        [[{"role": "user", "content": [*pictures, {"type": "text", "text": "Which is larger?"}]}]],
+        [[{"role": "user", "content": [*images, {"type": "text", "text": "Which is larger?"}]}]],
         SETTINGS,
     )
     length = asked["input_ids"].shape[1]
@@ -105,7 +105,7 @@ def test_only_answers_are_learned_and_the_prompt_is_the_one_of_inference(tiny, s
     assert squeezed == whole.replace("<|image_pad|>", "")
 
 
-def test_an_answer_of_two_tokens_has_four_labels_and_the_break_behind_a_picture_stays(tiny, samples):
+def test_an_answer_of_two_tokens_has_four_labels_and_the_break_behind_a_image_stays(tiny, samples):
     tokenizer = tiny.processor.tokenizer
     answer = "xz"
     two = tokenizer(answer, add_special_tokens=False).input_ids
@@ -256,7 +256,7 @@ def test_a_full_mask_gives_the_stock_models_loss(samples):
     torch.testing.assert_close(ours, stock)
 
 
-def test_scope_is_the_picture_or_the_micro_batch(samples):
+def test_scope_is_the_image_or_the_micro_batch(samples):
     backbone = fresh_tiny()
     batch = batch_of(backbone, samples, [0, 1, 2])
     own = SelectorLearner.build(backbone, selector_spec(samples))(batch, 0, 10)
@@ -268,14 +268,14 @@ def test_scope_is_the_picture_or_the_micro_batch(samples):
         SelectorLearner.build(backbone, selector_spec(samples, budget="16tok"))(batch, 0, 10)
 
 
-def test_pictures_with_too_few_tokens_are_left_out_where_asked(samples):
+def test_images_with_too_few_tokens_are_left_out_where_asked(samples):
     backbone = fresh_tiny()
     spec = selector_spec(samples, budget="6tok", on_bad_sample="skip", lambda_start=0.0)
     made = SelectorLearner.build(backbone, spec)
     both = made(batch_of(backbone, samples, [0, 1]), 0, 10)  # 6 and 12 tokens
     alone = made(batch_of(backbone, samples, [1]), 0, 10)
     assert both.left_out == (f"{samples}:1: budget 6tok keeps 6 of 6 visual tokens, and training needs 0 < k < N: "
-                             "give larger pictures (min_pixels) or another budget",)  # fmt: skip
+                             "give larger images (min_pixels) or another budget",)  # fmt: skip
     torch.testing.assert_close(both.loss, alone.loss, atol=1e-5, rtol=1e-5)
     assert both.parts["kept_share"].item() == 0.5
     none = made(batch_of(backbone, samples, [0]), 0, 10)
@@ -481,7 +481,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(samples, tmp_path, what):
 def test_bad_samples_are_left_out_where_asked(samples, tmp_path):
     broken = tmp_path / "broken.jsonl"
     turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
-    (samples.parent / "bad.png").write_bytes(b"no picture")
+    (samples.parent / "bad.png").write_bytes(b"no image")
     broken.write_text(json.dumps({"image": "bad.png", "conversations": turns}) + "\n")
     fields: dict[str, Any] = {"image_root": str(samples.parent), "epochs": 1, "max_steps": None}
     both = tmp_path / "both.jsonl"
@@ -675,7 +675,7 @@ def test_a_batch_of_which_everything_is_left_out(samples, tmp_path):
     assert config["metrics"]["loss"] == 0
 
 
-def test_the_predictor_judges_a_picture_or_as_published_the_whole_micro_batch(samples):
+def test_the_predictor_judges_a_image_or_as_published_the_whole_micro_batch(samples):
     for exact, expected in ((False, [6, 12, 12]), (True, [30])):
         backbone = fresh_tiny()
         learner = PredictorLearner.build(

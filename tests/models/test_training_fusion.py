@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from battery import picture, user
+from battery import draw_image, user
 from llava_checkpoint import FUSED, save_llava
 from PIL import Image
 from safetensors.torch import load_file
@@ -34,21 +34,21 @@ from visionselector_eval.models.training.trainer import TrainingPlan, last_check
 LAYERS = FUSED["token_fusion"]["layers"]
 
 
-def write_samples(folder: Path, *, pictures: bool = True) -> Path:
-    """Six conversations, each about a picture of another shape (or none)."""
+def write_samples(folder: Path, *, images: bool = True) -> Path:
+    """Six conversations, each about an image of another shape (or none)."""
     rng = np.random.default_rng(0)
     lines = []
     for i in range(6):
         size = (56 + 28 * (i % 3), 84 + 28 * (i % 2), 3)
         Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8)).save(folder / f"{i}.png")
         turns = [
-            {"from": "human", "value": ("<image>\n" if pictures else "") + "What is it" + "?" * i},
+            {"from": "human", "value": ("<image>\n" if images else "") + "What is it" + "?" * i},
             {"from": "gpt", "value": f"cat {i}"},
             {"from": "human", "value": "Sure?"},
             {"from": "gpt", "value": "yes"},
         ]
-        lines.append(json.dumps({"conversations": turns} | ({"image": f"{i}.png"} if pictures else {})))
-    file = folder / ("train.jsonl" if pictures else "text.jsonl")
+        lines.append(json.dumps({"conversations": turns} | ({"image": f"{i}.png"} if images else {})))
+    file = folder / ("train.jsonl" if images else "text.jsonl")
     file.write_text("\n".join(lines) + "\n")
     return file
 
@@ -155,7 +155,9 @@ def test_stage_two_trains_the_llm_too_and_gives_a_checkpoint(samples, plain, fir
     assert backbone.remark == "trained fusion, LLM retrained"
     assert backbone.processor.chat_template == VICUNA_TEMPLATE
     assert backbone.processor.patch_size == 28
-    inputs = build_inputs(backbone.processor, [user(picture(224, 280), "What is it?")], MediaSettings(pad_square=True))
+    inputs = build_inputs(
+        backbone.processor, [user(draw_image(224, 280), "What is it?")], MediaSettings(pad_square=True)
+    )
     assert backbone.visual_totals(inputs) == [16]
     stock = backbone.model.generate(**inputs, max_new_tokens=4)[:, inputs["input_ids"].shape[1] :]
     assert torch.equal(backbone.generate(inputs, build("full"), 1.0, max_new_tokens=4), stock)
@@ -250,7 +252,7 @@ def test_bfloat16_computes_with_float32_weights(samples, plain, first, stage, tm
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_text_alone_gives_the_fusion_a_gradient_of_nothing(samples, plain, first, stage, tmp_path):
-    text = write_samples(tmp_path, pictures=False)
+    text = write_samples(tmp_path, images=False)
     spec = fusion_spec(text, plain if stage == 1 else first, stage=stage)
     learner = learner_of(spec)
     learner(batch_of(learner, spec, [0, 1]), 0, 1).loss.backward()
@@ -386,8 +388,8 @@ def test_what_cannot_be_trained_is_one_clear_line(samples, request, tmp_path, pr
     assert not (tmp_path / "out" / "fusion_config.json").exists()
 
 
-def test_data_without_pictures_or_with_videos_is_refused(plain, tmp_path):
-    text = write_samples(tmp_path, pictures=False)
+def test_data_without_images_or_with_videos_is_refused(plain, tmp_path):
+    text = write_samples(tmp_path, images=False)
     with pytest.raises(InputError, match="none of the 6 samples has one"):
         train(fusion_spec(text, plain, tmp_path / "out"))
     (tmp_path / "clip.mp4").touch()
@@ -409,7 +411,7 @@ def test_a_grid_that_windows_do_not_divide_is_refused(samples, tmp_path):
     position = next(name for name in tensors if "position_embedding" in name)
     tensors[position] = tensors[position][: 7 * 7 + 1].clone()
     save_file(tensors, odd / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="pictures of this vision tower have 7x7: the sides must be multiples of 2"):
+    with pytest.raises(InputError, match="images of this vision tower have 7x7: the sides must be multiples of 2"):
         train(fusion_spec(samples, odd, tmp_path / "out"))
 
 

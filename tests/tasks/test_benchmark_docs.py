@@ -14,7 +14,7 @@ from visionselector_eval.tasks.tiny import gallery
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "benchmarks.md"
-PICTURES = DOCS / "pictures" / "benchmarks"
+PICTURES = DOCS / "images" / "benchmarks"
 
 
 def test_the_page_names_all_suites() -> None:
@@ -25,7 +25,7 @@ def test_the_page_names_all_suites() -> None:
             assert re.findall(r"`(\w+)`", row)[1:] == tasks
 
 
-def test_every_mirror_has_its_picture(tmp_path: Path) -> None:
+def test_every_mirror_has_its_image(tmp_path: Path) -> None:
     made = gallery.write(tmp_path)
     assert {p.name for p in made} == {p.name for p in PICTURES.iterdir()}
     for fresh in made:
@@ -40,6 +40,6 @@ def test_every_mirror_has_its_picture(tmp_path: Path) -> None:
 def test_the_gallery_says_what_is_wrong(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert gallery.main([]) == 2
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write pictures"):
+    with pytest.raises(InputError, match="cannot write images"):
         gallery.write(tmp_path / "file")
     assert gallery.main([str(tmp_path / "file")]) == 2

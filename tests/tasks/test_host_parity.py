@@ -2,7 +2,7 @@
 
 Both run from the embedded checkpoints, by lmms-eval's evaluator, in a process of their own (this file as a program),
 because lmms-eval's models set things for a whole process and its tasks write into the working folder. Asked are all
-mirrors that a family can answer, and pictures and clips of sizes that no mirror has.
+mirrors that a family can answer, and images and clips of sizes that no mirror has.
 
 What differs, and is not ours to follow: lmms-eval's `qwen2_5_vl` ends with an error at a clip of one frame, because it
 asks for two of them.
@@ -28,7 +28,7 @@ import pytest
 from PIL import Image
 
 LIMIT = 2  # documents of a mirror
-PICTURES, CLIPS, SINGLE = "sized_pictures", "sized_clips", "single_frames"
+PICTURES, CLIPS, SINGLE = "sized_images", "sized_clips", "single_frames"
 # (width, height): long and narrow both ways, one token, no multiple of a token's side, above the most pixels.
 SIZES = ((30, 900), (900, 30), (28, 28), (333, 217), (640, 480), (3000, 2000))
 # (frames, width, height, frames a second): fewer frames than are shown, odd numbers, more, and above a frame's pixels.
@@ -170,11 +170,11 @@ def test_nothing_compressed_answers_as_lmms_evals_own_model(base, name, model, t
 
 
 def write_sized(folder: Path, with_clips: bool) -> None:
-    """Task files and data of the sized documents: mirrors' pictures and clips, stretched, with the mirrors' questions.
+    """Task files and data of the sized documents: mirrors' images and clips, stretched, with the mirrors' questions.
 
     Parameters
     ----------
-    folder: exists. with_clips: beside the pictures.
+    folder: exists. with_clips: beside the images.
     """
     from visionselector_eval.tasks.tiny import generate
     from visionselector_eval.tasks.tiny.clips import write_clip
@@ -204,14 +204,14 @@ def write_sized(folder: Path, with_clips: bool) -> None:
         (folder / f"{name}.yaml").write_text(
             f"task: {name}\ndataset_path: parquet\ndataset_kwargs: {json.dumps(where)}\n"
             f"test_split: test\noutput_type: generate_until\n"
-            f"doc_to_visual: !function sized.{'pictures' if name == PICTURES else 'clips'}\n"
+            f"doc_to_visual: !function sized.{'images' if name == PICTURES else 'clips'}\n"
             "doc_to_text: question\ndoc_to_target: answer\n"
             "generation_kwargs: {max_new_tokens: 16, temperature: 0, do_sample: false}\n"
             "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
         )
     (folder / "sized.py").write_text(
         "import io\n\nfrom PIL import Image\n\n\n"
-        'def pictures(doc):\n    return [Image.open(io.BytesIO(doc["image"]["bytes"])).convert("RGB")]\n\n\n'
+        'def images(doc):\n    return [Image.open(io.BytesIO(doc["image"]["bytes"])).convert("RGB")]\n\n\n'
         'def clips(doc):\n    return [doc["clip"]]\n'
     )
 

@@ -112,7 +112,7 @@ def test_scores_are_upstreams(root: Path) -> None:
     assert media_of(plain, "image")[0].size == PICTURE.size
 
 
-def test_several_pictures_of_one_document(root: Path) -> None:
+def test_several_images_of_one_document(root: Path) -> None:
     bound = binding.bind("seedbench", data_root=root)
     assert len(media_of(binding.requests(bound)[0], "image")) == 2
 
@@ -136,11 +136,11 @@ def test_layouts(layout: str, tmp_path: Path) -> None:
         rows.save_to_disk(place)
     else:
         folder = place / "test"
-        (folder / "pictures").mkdir(parents=True)
+        (folder / "images").mkdir(parents=True)
         lines = []
         for number, row in enumerate(DOCUMENTS["chartqa"][1]):
-            row["image"].save(folder / "pictures" / f"{number}.png")
-            lines.append({"file_name": f"pictures/{number}.png", **{k: v for k, v in row.items() if k != "image"}})
+            row["image"].save(folder / "images" / f"{number}.png")
+            lines.append({"file_name": f"images/{number}.png", **{k: v for k, v in row.items() if k != "image"}})
         if layout == "csv":
             text = "file_name,type,question,answer\n" + "".join(",".join(line.values()) + "\n" for line in lines)
             (folder / "metadata.csv").write_text(text)
@@ -156,7 +156,7 @@ def test_layouts(layout: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["mmmu_val", "seedbench"])
-def test_an_image_folder_with_several_pictures(task: str, tmp_path: Path) -> None:
+def test_an_image_folder_with_several_images(task: str, tmp_path: Path) -> None:
     folder = tmp_path / task / SPLITS[task]
     folder.mkdir(parents=True)
     PICTURE.save(folder / "a.png")
@@ -172,8 +172,8 @@ def test_an_image_folder_with_several_pictures(task: str, tmp_path: Path) -> Non
         lines.append(json.dumps(line) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines))
     bound = binding.bind(task, data_root=tmp_path)
-    pictures = media_of(binding.requests(bound)[0], "image")
-    assert [p.size for p in pictures] == [(56, 56), (84, 56)]
+    images = media_of(binding.requests(bound)[0], "image")
+    assert [p.size for p in images] == [(56, 56), (84, 56)]
 
 
 def test_the_order_of_layouts(tmp_path: Path) -> None:
@@ -185,12 +185,12 @@ def test_the_order_of_layouts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["struct", "bytes"])
-def test_pictures_of_other_writers(kind: str, tmp_path: Path) -> None:
+def test_images_of_other_writers(kind: str, tmp_path: Path) -> None:
     file = chart(tmp_path)
     table = pyarrow.parquet.read_table(file).replace_schema_metadata(None)  # as pandas or polars leave it
     if kind == "bytes":
-        pictures = [value["bytes"] for value in table["image"].to_pylist()]
-        table = table.drop_columns("image").append_column("image", pa.array(pictures))
+        images = [value["bytes"] for value in table["image"].to_pylist()]
+        table = table.drop_columns("image").append_column("image", pa.array(images))
     pyarrow.parquet.write_table(table, file)
     bound = binding.bind("chartqa", data_root=tmp_path)
     assert media_of(binding.requests(bound)[0], "image")[0].size == PICTURE.size
@@ -278,9 +278,9 @@ def bad_root(root: Path, what: str) -> str:
     if what == "no column":
         chart(root, question=None)
         return r"chartqa: .*test\.parquet \(parquet\) lacks the column question \(it has type, answer, image\)"
-    if what == "no picture column":
+    if what == "no image column":
         chart(root, image="red.png")
-        return r"column image of .* holds string, not pictures"
+        return r"column image of .* holds string, not images"
     if what == "empty":
         pyarrow.parquet.write_table(pyarrow.parquet.read_table(file)[:0], file)
         return r"task chartqa has no documents: .*test\.parquet"
@@ -307,15 +307,15 @@ def bad_root(root: Path, what: str) -> str:
         return r"task chartqa: cannot read .*metadata\.jsonl"
     row = {"file_name": "0.png", "type": "human_test", "question": "?", "answer": "x"}
     (place / "metadata.jsonl").write_text(json.dumps(row) + "\n")
-    assert what == "lost picture"
+    assert what == "lost image"
     return r"chartqa: (.*line 1: no file .*0\.png|cannot load the given data .*0\.png)"
 
 
 @pytest.mark.parametrize(
     "what",
     [
-        "no folder", "nothing", "no column", "no picture column", "empty", "corrupt", "corrupt inside", "lost shard",
-        "wrong split", "damaged state", "damaged metadata", "lost picture",
+        "no folder", "nothing", "no column", "no image column", "empty", "corrupt", "corrupt inside", "lost shard",
+        "wrong split", "damaged state", "damaged metadata", "lost image",
     ],
 )  # fmt: skip
 def test_bad_data_are_one_line(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,7 +96,7 @@ def test_right_answers_are_reported(bound: dict[str, binding.BoundTask]) -> None
 
 
 @pytest.mark.parametrize("name", ["tiny_mme", "tiny_mmbench_en_dev_static", "tiny_mmbench_cn_dev"])
-def test_documents_of_one_picture_are_a_cluster(name: str, bound: dict[str, binding.BoundTask]) -> None:
+def test_documents_of_one_image_are_a_cluster(name: str, bound: dict[str, binding.BoundTask]) -> None:
     clusters = [d.cluster for d in scoring.score(bound[name], answers(name)).documents]
     assert clusters[::2] == clusters[1::2]
     assert len(set(clusters)) == LIMIT // 2
@@ -171,7 +171,7 @@ def test_requests_are_upstreams(name: str, bound: dict[str, binding.BoundTask]) 
         images, videos = media_of(request, "image"), media_of(request, "video")
         text = chat[-1]["content"][-1]["text"]
         question = document.row["question"].removesuffix(" Please answer yes or no.")
-        if MIRRORS[name].media == "images":  # pictures stand where the question names them
+        if MIRRORS[name].media == "images":  # images stand where the question names them
             question = re.split(r"<image \d>", question)[-1].strip()
             assert len(images) == 1 + len(document.more)
         else:
@@ -184,7 +184,7 @@ def test_requests_are_upstreams(name: str, bound: dict[str, binding.BoundTask]) 
             assert Path(videos[0]).is_file()
         else:
             assert not videos
-            for shown, drawn in zip(images, document.pictures(), strict=True):
+            for shown, drawn in zip(images, document.images(), strict=True):
                 assert np.array_equal(np.asarray(shown.convert("RGB")), drawn)
         assert request.generation.get("max_new_tokens") == NEW_TOKENS.get(name, 16)
         assert "until" not in request.generation

@@ -31,8 +31,8 @@ def elsewhere(folder: Path, split: str, rows: list[dict[str, Any]]) -> dict[str,
         plain = datasets.Dataset.from_list(
             [{k: v for k, v in r.items() if not isinstance(v, Image.Image)} for r in rows]
         )
-        pictures = {k: datasets.Image() for row in rows for k, v in row.items() if isinstance(v, Image.Image)}
-        features = datasets.Features({**plain.features, **pictures})
+        images = {k: datasets.Image() for row in rows for k, v in row.items() if isinstance(v, Image.Image)}
+        features = datasets.Features({**plain.features, **images})
     file = folder / "data.parquet"
     datasets.Dataset.from_list(rows, features=features).to_parquet(file)
     return {
@@ -68,7 +68,7 @@ def test_real_names_on_documents_of_the_real_layout(name: str, tmp_path: Path) -
         with pytest.raises(binding.DocumentError, match=r"does not exist|cannot be read"):
             asked[0].messages()
     else:
-        assert len(media_of(asked[0], "image")) == len(documents[0].pictures())
+        assert len(media_of(asked[0], "image")) == len(documents[0].images())
 
 
 @pytest.mark.parametrize("task", [n for n, e in suites.load_suites().tasks.items() if e.needs_submission])
@@ -278,9 +278,9 @@ def _encoded(kind: str, size: int = 64) -> bytes:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 @pytest.mark.parametrize("damage", ["cut off", "garbage", "none"])
-def test_a_broken_picture_is_one_documents_fault(kind: str, damage: str, tmp_path: Path) -> None:
+def test_a_broken_image_is_one_documents_fault(kind: str, damage: str, tmp_path: Path) -> None:
     good = _encoded(kind)
-    bad = {"cut off": {"bytes": good[: len(good) // 2]}, "garbage": {"bytes": b"no picture"}, "none": None}[damage]
+    bad = {"cut off": {"bytes": good[: len(good) // 2]}, "garbage": {"bytes": b"no image"}, "none": None}[damage]
     rows = [
         {"type": "human_test", "question": "?", "answer": "x", "image": None if b is None else {"path": None, **b}}
         for b in ({"bytes": good}, bad)
@@ -296,10 +296,10 @@ def test_a_broken_picture_is_one_documents_fault(kind: str, damage: str, tmp_pat
     with pytest.raises(binding.DocumentError, match="document 1 of chartqa: its media cannot be read") as raised:
         broken.messages()
     assert "\n" not in str(raised.value)
-    assert scoring.score(bound, reply(bound, "x", "x")).score == 1  # scoring reads no pictures
+    assert scoring.score(bound, reply(bound, "x", "x")).score == 1  # scoring reads no images
 
 
-def test_pictures_cut_off_stay_an_error_after_all_imports() -> None:
+def test_images_cut_off_stay_an_error_after_all_imports() -> None:
     lmms.lmms_eval()
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 

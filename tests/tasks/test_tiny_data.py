@@ -23,12 +23,12 @@ def test_a_seed_is_a_promise(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_seeds_share_no_picture(name: str) -> None:
-    def pictures(seed: int) -> set[bytes]:
-        return {b"".join(p.tobytes() for p in d.pictures()) for d in generate(name, seed, 64)}
+def test_seeds_share_no_image(name: str) -> None:
+    def images(seed: int) -> set[bytes]:
+        return {b"".join(p.tobytes() for p in d.images()) for d in generate(name, seed, 64)}
 
     pair = MIRRORS[name].pair
-    zero, one = pictures(0), pictures(1)
+    zero, one = images(0), images(1)
     assert len(zero) == len(one) == 64 // pair
     assert not zero & one
 
@@ -38,7 +38,7 @@ def test_documents_are_sane(name: str) -> None:
     documents = generate(name, 5, 64)
     assert len({(d.row["question"], d.answer) for d in documents}) > 8
     for d in documents:
-        pixels = np.stack(d.pictures())
+        pixels = np.stack(d.images())
         assert pixels.dtype == np.uint8
         assert pixels.shape[1] % CELL == 0
         assert pixels.shape[2] % CELL == 0
@@ -103,7 +103,7 @@ def test_what_is_asked_and_what_is_right_share_no_frame() -> None:
         assert {m.frame for m in d.marks if m.text.startswith(right) and not m.text.endswith(cue)} == {4, 5}
 
 
-def test_several_pictures_all_matter() -> None:
+def test_several_images_all_matter() -> None:
     for d in generate("tiny_mmmu_val", 9, 200):
         assert d.row["question"].count("<image ") == 1 + len(d.more)
     kinds = [1 + len(d.more) for d in generate("tiny_mmmu_val", 9, 8)]

@@ -15,7 +15,7 @@ import torch
 from visionselector_eval.harness.training.tiny import network
 from visionselector_eval.harness.training.tiny.lessons import COLOURS, SHAPES, Lesson, lesson
 from visionselector_eval.tasks import tiny
-from visionselector_eval.tasks.tiny import canvas, pictures
+from visionselector_eval.tasks.tiny import canvas, images
 
 PICTURES = {
     "tiny_docvqa_val": 0.2,
@@ -25,7 +25,7 @@ PICTURES = {
     "tiny_mme": 0.15,
     "tiny_scienceqa_img": 0.18,
 }
-"""The picture benchmarks that are trained on, and how often."""
+"""The image benchmarks that are trained on, and how often."""
 
 TALL = "tiny_docvqa_val"  # every second of its scenes is taller than wide
 CLIPS = "tiny_mvbench_moving_direction"
@@ -56,7 +56,7 @@ def documents(name: str, seed: int, scene: int) -> list[Any]:
 
 
 def sheet(rng: np.random.Generator) -> Lesson:
-    """A page full of single cells in the manner of all picture mirrors: glyphs without relations."""
+    """A page full of single cells in the manner of all image mirrors: glyphs without relations."""
     base = ((236, 232, 222), (240, 240, 244), (222, 230, 236), None, None)[int(rng.integers(5))]
     page = canvas.Canvas(rng, 8, 8, base, rough=float(rng.uniform(4, 20)))
     cells, shows = [], []
@@ -69,20 +69,20 @@ def sheet(rng: np.random.Generator) -> Lesson:
         way = int(rng.integers(8))
         parts: tuple[str, str] = ("", "")
         if way == 0:
-            parts = pick(pictures.GLYPHS), pick(pictures.GLYPHS)
+            parts = pick(images.GLYPHS), pick(images.GLYPHS)
             page.write(row, column, "".join(parts), 19, canvas.INK, bold=True)
         elif way == 1:
-            parts = pick(pictures.LABELS), ""
+            parts = pick(images.LABELS), ""
             page.write(row, column, parts[0], 13, (60, 60, 80))
         elif way == 2:
             number = str(int(rng.integers(11, 95)))
             parts = number[0], number[1]
             page.write(row, column, number, 18, bold=True)
         elif way == 3:
-            parts = pick(pictures.PEOPLE), ""
+            parts = pick(images.PEOPLE), ""
             page.write(row, column, parts[0], 13)
         elif way == 4:
-            parts = pick(COLOURS), pick(pictures.WORDS)
+            parts = pick(COLOURS), pick(images.WORDS)
             x, y = column * 28, row * 28
             page.draw.rectangle((x, y, x + 27, y + 27), canvas.COLOURS[parts[0]], (30, 30, 30))
             light = parts[0] == "yellow"

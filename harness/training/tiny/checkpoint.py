@@ -42,7 +42,7 @@ license: apache-2.0
 
 # {title}
 
-Trained from scratch on generated pictures; see docs/embedded.md for what it is for, and for the command. A photograph
+Trained from scratch on generated images; see docs/embedded.md for what it is for, and for the command. A photograph
 means nothing to it.
 
 Exact match in percent on fresh documents that neither training nor sweeps use, with all visual tokens, by the batched
@@ -66,18 +66,18 @@ chance; the yes/no questions of `tiny_mme` hold a share of both. Embedded benchm
 were not trained on: expect chance."""
 _SQUARE = """
 
-Pictures that are not 224 x 224, such as every second document of `tiny_docvqa_val`, are padded and scaled: what they
-show then no longer fills one patch, and is not read. The tables are of square pictures alone."""
+Images that are not 224 x 224, such as every second document of `tiny_docvqa_val`, are padded and scaled: what they
+show then no longer fills one patch, and is not read. The tables are of square images alone."""
 _CARDS: dict[str, dict[str, str]] = {
     "qwen2_5_vl": {"title": "The embedded model", "shown": "", "weak": _WEAK},
     "llava": {
         "title": "The embedded LLaVA-1.5",
-        "shown": ", on pictures of 224 x 224 pixels",
+        "shown": ", on images of 224 x 224 pixels",
         "weak": _WEAK + _SQUARE,
     },
     "llava_stf": {
         "title": "The embedded LLaVA-1.5 with trained token fusion",
-        "shown": ", on pictures of 224 x 224 pixels",
+        "shown": ", on images of 224 x 224 pixels",
         "weak": _WEAK + _SQUARE,
     },
 }

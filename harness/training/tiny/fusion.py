@@ -48,17 +48,17 @@ SEED = TRAIN_SEED + 17
 UNANSWERED = ("position", "count", "count_open")  # what the base model answers by chance teaches chance
 
 
-def write_lessons(folder: Path, pictures: int) -> Path:
-    """Conversations about square pictures, one for each question that a picture can be asked; the file.
+def write_lessons(folder: Path, images: int) -> Path:
+    """Conversations about square images, one for each question that an image can be asked; the file.
 
-    The questions are worded as sweeps word them; `data mirrors` would ask one question of each picture, and show
-    pictures that are not square.
+    The questions are worded as sweeps word them; `data mirrors` would ask one question of each image, and show
+    images that are not square.
     """
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "media").mkdir(parents=True)
     rng = np.random.default_rng(SEED)
     lines: list[str] = []
-    for number in range(pictures):
+    for number in range(images):
         name = list(SHARES)[int(rng.choice(len(SHARES), p=list(SHARES.values())))]
         scene = 2 * number + (0 if name == TALL else int(rng.integers(2)))
         document = documents(name, SEED, scene)[0]
@@ -106,7 +106,7 @@ def begin(work: Path, steps: int, seed: int, advance: Callable[[int], None] | No
     """Weights for stage 1 to start from: fused tokens near the mean of what the base model says of their windows.
 
     From random weights, as published, the loss stayed where it is when nothing is read, for 200 steps at a rate of 1e-3
-    and for 150 at 2e-4: that would take many more pictures.
+    and for 150 at 2e-4: that would take many more images.
     """
     model = LlavaNetwork.create(0)
     model.load_state_dict(torch.load(work / "joint.pt", weights_only=True)["model"], strict=False)

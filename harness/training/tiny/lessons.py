@@ -29,7 +29,7 @@ class Lesson:
     """One scene with its questions.
 
     Attributes:
-        pixels: (F, H, W, 3) uint8, F = 1 for a picture.
+        pixels: (F, H, W, 3) uint8, F = 1 for an image.
         cells: (n,) places of informative tokens in raster order of the token grid.
         shows: n lists of up to four texts (two of the cell itself, two of what it belongs to); "" for nothing.
         groups: (n,) tokens of one group carry the same information.

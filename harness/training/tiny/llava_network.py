@@ -1,6 +1,6 @@
 """The embedded LLaVA-1.5's network: tokenizer, configuration, and the batched forward over the stock model's weights.
 
-A patch of its CLIP tower is one cell of the embedded benchmarks' pictures, so that a 2 x 2 window of tokens, which
+A patch of its CLIP tower is one cell of the embedded benchmarks' images, so that a 2 x 2 window of tokens, which
 token fusion and pooling make one, holds up to four things that a question can ask for.
 """
 
@@ -30,7 +30,7 @@ TOWER = 128  # width of the vision tower
 BLOCKS = 5  # of which LLaVA leaves out the last one's patches
 LAYERS = 4  # of the LLM
 
-# As in the checkpoints that lmms-eval's llava_hf loads, all pictures first and then the text, but for answers: they end
+# As in the checkpoints that lmms-eval's llava_hf loads, all images first and then the text, but for answers: they end
 # with the end token, without which nothing would teach it, and begin right after the colon.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}ASSISTANT:"
@@ -69,7 +69,7 @@ IMAGE_PROCESSOR = {
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """The other family's tokens, a placeholder for pictures, and one token for each part of the prompt."""
+    """The other family's tokens, a placeholder for images, and one token for each part of the prompt."""
     return network.tokenizer(CHAT_TEMPLATE, ("<image>",), ("USER: ", " ASSISTANT:"))
 
 
@@ -214,7 +214,7 @@ class LlavaNetwork(network.Network):
         return features if cells is None else (features, guide)
 
     def shown(self, batch: dict[str, Any], codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Also teaches the CLS token, as a real CLIP's knows it, what there is to see anywhere in the picture.
+        """Also teaches the CLS token, as a real CLIP's knows it, what there is to see anywhere in the image.
 
         Without that nothing would give methods that rank by the attention of the CLS token anything to go by.
         """

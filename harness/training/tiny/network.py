@@ -31,7 +31,7 @@ SPECIALS = (
     "<|video_pad|>",
 )
 
-# The prompt layout of the Qwen2.5-VL family: ChatML, a default system turn, one pad token for each picture or video.
+# The prompt layout of the Qwen2.5-VL family: ChatML, a default system turn, one pad token for each image or video.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"
@@ -284,7 +284,7 @@ class Network:
 
     Attributes:
         family: its name in `TinySpec`.
-        clips: it is trained on clips and tall pictures, too; else on square pictures alone.
+        clips: it is trained on clips and tall images, too; else on square images alone.
         parts: parameters of the stages vision and language, as beginnings of names.
         guided: layers of the language model as in `GUIDED`.
         before, after: the prompt around the visual tokens; `after` has a place for the question.
@@ -312,7 +312,7 @@ class Network:
 
     @staticmethod
     def write_processors(folder: Path) -> None:
-        """The configuration of what makes pixels of pictures and clips."""
+        """The configuration of what makes pixels of images and clips."""
         (folder / "preprocessor_config.json").write_text(json.dumps(IMAGE_PROCESSOR, indent=2) + "\n", encoding="utf-8")
         video = {**IMAGE_PROCESSOR, "video_processor_type": "Qwen2VLVideoProcessor"}
         del video["image_processor_type"]
@@ -332,10 +332,10 @@ class Network:
         return torch.cat([torch.arange(prefix).expand(3, b, prefix), places[:, keep], text.expand(3, -1, -1)], 2)
 
     def vision(self, pixels: Tensor, cells: Tensor | None = None, partners: Tensor | None = None) -> Any:
-        """Visual tokens of pictures or clips of one size.
+        """Visual tokens of images or clips of one size.
 
         Args:
-            pixels: (B, F, H, W, 3) uint8; F = 1 for a picture, else even.
+            pixels: (B, F, H, W, 3) uint8; F = 1 for an image, else even.
 
         Returns:
             (B, t * h * w, WIDTH) in raster order; with `cells` and `partners` (B, n), also how far two heads of the
@@ -352,7 +352,7 @@ class Network:
         x = x.view(b, t, -1, h, 2, 14, w, 2, 14, 3).permute(0, 1, 3, 6, 4, 7, 9, 2, 5, 8)
         x = x.reshape(b * t, h * w, 4, -1)[:, order].reshape(b * t, h * w * 4, -1)
         weight = visual.patch_embed.proj.weight
-        if frames == 1:  # the processor shows a picture as two equal frames
+        if frames == 1:  # the processor shows an image as two equal frames
             weight = weight.sum(2)
         x = x @ weight.reshape(weight.shape[0], -1).T
         guide = x.new_zeros(())

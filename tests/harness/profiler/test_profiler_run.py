@@ -230,7 +230,7 @@ MISTAKES = {
         "200000 is more than the 128000 positions of qwen2_5_vl_7b",
     ),
     "positions with the text": (["--synthetic", "32740"], "more than the model's 32768 positions"),
-    "picture": (["--synthetic", "251"], "no picture of 251 visual tokens: try 252"),
+    "image": (["--synthetic", "251"], "no image of 251 visual tokens: try 252"),
     "repeats": (["--repeats", "0"], "invalid repeats 0 in the profile: expected a number greater"),
     "budget": (["--budgets", "1.5"], "invalid budget '1.5': expected "),
     "method": (["--methods", "divprun"], "unknown method 'divprun': did you mean 'divprune'"),

@@ -1,4 +1,4 @@
-"""Random weights in real shapes, synthetic pictures, and FLOPs that are counted and computed alike."""
+"""Random weights in real shapes, synthetic images, and FLOPs that are counted and computed alike."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def test_every_method_runs_on_random_weights(shape) -> None:
     inputs = synthetic(made.processor, 64).items[0].make()
     for name in available():
         if (shape, name) == ("llava_stf_tiny", "downsample"):
-            continue  # four pictures of 16 tokens: whole grids of at most 4
+            continue  # four images of 16 tokens: whole grids of at most 4
         out = made.prefill(inputs, build(name), budget=0.25)
         assert out.totals == [64], name
         assert len(out.kept[0]) == (64 if name == "full" else 16), name
 
 
 @pytest.mark.parametrize(("tokens", "grid"), [(4, (2, 2)), (256, (16, 16)), (16384, (128, 128)), (512, (16, 32))])
-def test_a_synthetic_picture_has_exactly_its_tokens(tokens, grid) -> None:
+def test_a_synthetic_image_has_exactly_its_tokens(tokens, grid) -> None:
     assert grid_of(tokens) == grid
 
 
@@ -100,12 +100,12 @@ def test_a_synthetic_prompt_has_exactly_its_tokens(shaped, tokens) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "near"), [(251, "252"), (1, "4"), (0, "4")])
-def test_a_picture_that_cannot_be_is_refused_with_a_near_one(tokens, near) -> None:
+def test_a_image_that_cannot_be_is_refused_with_a_near_one(tokens, near) -> None:
     with pytest.raises(InputError, match=rf"--synthetic {tokens} .* try {near}"):
         grid_of(tokens)
 
 
-def test_towers_of_one_picture_size_get_several_pictures() -> None:
+def test_towers_of_one_image_size_get_several_images() -> None:
     front = processor(SHAPES["llava_1_5_7b"])
     inputs = synthetic(front, 1152).items[0].make()
     assert inputs["pixel_values"].shape == (2, 3, 336, 336)
@@ -155,7 +155,7 @@ def test_counted_flops_are_those_of_the_shapes(shaped, method, tokens) -> None:
 @pytest.mark.parametrize(("shape", "tokens"), [("llava_tiny", 128), ("llava_stf_tiny", 32)])
 @pytest.mark.parametrize("method", ["full", "uniform", "fastv"])
 def test_counted_flops_of_a_clip_tower_are_those_of_the_shapes(shape, tokens, method) -> None:
-    """Two pictures; the CLS token, the projector or the token fusion in its place are counted."""
+    """Two images; the CLS token, the projector or the token fusion in its place are counted."""
     made = build_random(shape)
     inputs = synthetic(made.processor, tokens).items[0].make()
     bound = BoundCell(cell_of("method", method, method, {}, Share(0.25)), made.bind(build(method)))

@@ -1,4 +1,4 @@
-"""The picture mirrors: forms, bar charts, scene words, object scenes and labelled diagrams.
+"""The image mirrors: forms, bar charts, scene words, object scenes and labelled diagrams.
 
 Each generator draws one scene and asks one question (two for MME) in the wording of the benchmark that it mirrors.
 Columns that upstream's task code reads are all there; the others are kept where they cost nothing.
@@ -169,7 +169,7 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 
 
 def pairs(rng: np.random.Generator, index: int) -> list[Document]:
-    """MME: two questions about one picture, the first answered yes and the second no."""
+    """MME: two questions about one image, the first answered yes and the second no."""
     category = ("existence", "count", "position", "color")[index % 4]
     if category == "count":
         number, other = (int(v) for v in rng.permutation([1, 2, 3, 4])[:2])
