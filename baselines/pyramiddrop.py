@@ -21,7 +21,7 @@ class PyramidDrop(ScoreDecoder):
     layer the tokens enter, mean over heads. Tokens left are r^(1/3), r^(2/3) and r of all: the published 0.5, 0.25
     and 0.125 at r = 0.125. Source: PyramidDrop, arXiv 2410.17247. Canonical K and scope are per image or video;
     `upstream_exact` ranks all of a prompt's together and counts int(N * ratio). Tokens keep the positions of the
-    full prompt; upstream numbers them anew at each step. Compare it at its layer-averaged tokens, not at K.
+    full prompt; upstream numbers them from scratch at each step. Compare it at its layer-averaged tokens, not at K.
 
     `schedule="published"` is the released schedule: int(0.5 * N), int(0.25 * N) and int(0.125 * N) tokens at layers 8,
     16 and 24, whatever the LLM's depth. It goes with budget 0.125 alone. At 32 layers it is what the default does there

@@ -29,7 +29,7 @@ class Random(Compressor):
     def compress(self, tokens: VisualTokens, count: int) -> Selection:
         """Draw `count` of N tokens; kept: (count,) int64 on the features' device."""
         features = tokens.features
-        # Python's own hash() differs from process to process, so that a resumed sweep would draw anew.
+        # Python's own hash() differs from process to process, so that a resumed sweep would draw others.
         digest = hashlib.sha256(f"{self.seed}\n{tokens.key}".encode()).digest()
         # Drawn on the CPU whatever the features' device: generators of other devices give other numbers.
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -28,7 +28,7 @@ class SparseVLM(DecoderCompressor):
     visual tokens. Of those that go, the better 30 % are merged by density peaks into about a tenth as many tokens.
     Source: SparseVLM, arXiv 2410.04417 (v1.5). Canonically the tokens left are r^(1/3), r^(2/3) and r of all,
     merged ones included (at most half of them), without upstream's random noise; a merged token stands at its
-    centre's place and keeps its position. Upstream puts merged tokens behind the others and numbers positions anew.
+    centre's place and keeps its position. Upstream puts merged tokens behind the others and counts positions again.
     `upstream_exact` takes raters from all text behind the last visual token, what bids the model to answer included,
     ranks all images together, with int(N * ratio) tokens and the merged ones, however many, on top.
 

@@ -63,7 +63,7 @@ class VisPruner(Compressor):
 def diverse(features: Tensor, count: int) -> Tensor:
     """The `count` rows that stay when those most like another one leave, in no order.
 
-    Upstream computes all similarities anew in each of the (R - count) / 8 rounds. Here each row's 64 most similar ones
+    Upstream computes all similarities again in each of the (R - count) / 8 rounds. Here each row's 64 most similar ones
     are found once, by blocks; the first of them that is among the round's odd rows says the row's similarity. A row
     that has none left is compared with all again, and gets a new list. What stays is the same. The rounds read back
     from the device one answer for eight tokens: whether there is such a row.

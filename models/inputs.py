@@ -207,7 +207,7 @@ def _opaque(image: Image.Image, on_white: bool) -> Image.Image:
 
 
 def prepare_image(image: Image.Image, settings: MediaSettings) -> Image.Image:
-    """An image as the protocol wants it, before the processor resizes it."""
+    """An image as the protocol requires, before the processor resizes it."""
     if settings.jpeg:
         buffer = BytesIO()
         image.save(buffer, format="JPEG")

@@ -284,8 +284,8 @@ def _check_documents(name: str, task: Any, limit: int | None, entry: TaskEntry |
     if entry is None or entry.pair == 1 or entry.cluster_key is None:
         return
     keys = list(task.eval_docs_no_media[entry.cluster_key])[: count_documents(task, limit)]
-    if torn := [(key, count) for key, count in Counter(keys).items() if count % entry.pair]:
-        key, count = torn[0]
+    if split := [(key, count) for key, count in Counter(keys).items() if count % entry.pair]:
+        key, count = split[0]
         raise InputError(
             f"{name} scores documents with the same {entry.cluster_key} {entry.pair} at a time, and among "
             f"{f'the first {len(keys)}' if limit else f'its {len(keys)}'} there is {count} of {key!r}: "

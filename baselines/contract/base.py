@@ -181,7 +181,7 @@ class Compressor(ABC):
             `pixels` only for the down-sampling control.
         needs: what `compress` reads beside the features: "text" and fields of `EncoderTrace`. "cls|received" asks for
             the first of the two that the encoder can tell, "received@16" for that of the encoder's block 16.
-        renumbers: whether it was published with positions counted anew over the shorter prompt: then it has these under
+        renumbers: whether it was published with positions counted over the shorter prompt: then it has these under
             `upstream_exact` on backbones whose positions are plain numbers. Else kept tokens keep their positions.
         trained: whether it has weights of its own.
         paper: name and arXiv id of its source.

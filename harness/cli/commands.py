@@ -118,5 +118,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{PROGRAM}: {' '.join(str(error).split())}\n")
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        sys.stderr.write(f"{PROGRAM}: stopped; the same command goes on where this one was\n")
+        sys.stderr.write(f"{PROGRAM}: interrupted; run the same command again to resume\n")
         return EXIT_INTERRUPTED

@@ -95,7 +95,7 @@ def tolerance_of(score: float, kept: float, answers: str | None) -> Tolerance:
     """A tolerance from what the command line says; `answers` is exact, ignore, or a share (0.05, 5%).
 
     Raises:
-        InputError: a value that is none.
+        InputError: an invalid value.
     """
     from visionselector_eval.harness.smoke.compare import Tolerance
 

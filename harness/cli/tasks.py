@@ -25,8 +25,8 @@ def parser() -> Parser:
     parser = Parser(
         prog=f"{PROGRAM} tasks",
         description="The data of the benchmarks. fetch: download what is missing to a folder that `sweep --data-root`\n"
-        "reads, where a hub is reachable, else print the folder's layout; run it again to go on. list: the tasks.\n"
-        "layout: which files a data root wants. include: write task files of the embedded benchmarks (or of those\n"
+        "reads, where a hub is reachable, else print the folder's layout; run it again to resume. list: the tasks.\n"
+        "layout: which files a data root holds. include: write task files of the embedded benchmarks (or of those\n"
         "named) for the stock command, and print their folder: lmms-eval eval --include_path FOLDER. check: which\n"
         "tasks of lmms-eval (or of those named) have a headline metric that is a guess; `sweep --metric` chooses.",
         epilog=example(

@@ -17,7 +17,7 @@ def parser() -> Parser:
         prog=f"{PROGRAM} train",
         description="Train what a learned compressor needs, beside a frozen backbone: `visionselector` its scorer,\n"
         "`dynamic-qwen` its predictor. `token-fusion` trains LLaVA-STF's projector, then with it the LLM. Run the\n"
-        "same command again to go on where a killed one was. Defaults are the published settings. Several devices:\n"
+        "same command again to resume a killed one. Defaults are the published settings. Several devices:\n"
         "`accelerate launch -m visionselector_eval.harness.cli train ...`.",
         epilog=example(
             "train visionselector --pretrained Qwen/Qwen2.5-VL-7B-Instruct --data chartqa.jsonl ocr_vqa.jsonl "

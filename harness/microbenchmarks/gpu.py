@@ -151,7 +151,7 @@ def check_all(table: Correctness, device: str, end: float) -> None:
             raise TimeUp
         try:
             differs = check()
-        except Exception as error:  # a check that breaks is a finding, too, and the others go on
+        except Exception as error:  # a check that breaks is a finding, too, and the others continue
             log.debug("a check failed", exc_info=error)
             differs = f"{type(error).__name__}: {' '.join(str(error).split())}"
         table.add(Checked(subject, method, name, differs))

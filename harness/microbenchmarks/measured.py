@@ -9,7 +9,7 @@ On a CPU, the embedded checkpoint and the 0.5B shape at N = 256:
     python -m visionselector_eval.harness.microbenchmarks.measured --device cpu --repeats 10 --warmup 2
 
 Writes <results>/<machine>-<date>/<shape>/ and a README.md with the targets beside it. The same command on the same day
-(or with `--date`) goes on where it was stopped; `--minutes` stops it by itself.
+(or with `--date`) resumes where it was stopped; `--minutes` stops it by itself.
 """
 
 from __future__ import annotations
@@ -177,9 +177,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int)
     made.add_argument("--results", type=Path, default=Path("results/measured"), help="where the folder is made")
     made.add_argument(
-        "--date", default=f"{datetime.now(UTC):%Y-%m-%d}", help="of the folder, to go on with an older one"
+        "--date", default=f"{datetime.now(UTC):%Y-%m-%d}", help="of the folder, to resume an older one"
     )
-    made.add_argument("--minutes", type=float, help="stop after so long; the same command goes on")
+    made.add_argument("--minutes", type=float, help="stop after so long; the same command resumes")
     return made
 
 
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_atomic(folder / "README.md", text)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     if stopped:
-        console.print("stopped after the minutes given; the same command goes on")
+        console.print("stopped after the minutes given; the same command resumes")
     return 3 if failed else 0
 
 

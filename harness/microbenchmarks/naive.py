@@ -137,7 +137,7 @@ def naive_cdpruner(features: Tensor, relevance: Tensor, count: int) -> list[int]
 
 
 def naive_vispruner(features: Tensor, attention: Tensor, count: int, important: float = 0.5) -> list[int]:
-    """What VisPruner keeps, with all similarities anew in every round (arXiv 2412.01818)."""
+    """What VisPruner keeps, with all similarities computed again in every round (arXiv 2412.01818)."""
     ranked = _ranked(attention)
     kept = ranked[: int(count * important)]
     left = torch.tensor(ranked[len(kept) :], device=features.device)

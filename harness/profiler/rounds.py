@@ -211,7 +211,7 @@ class _Session:
             self._round(steps)
 
     def give_up(self, cell: ProfileCell, reason: str) -> None:
-        """Record that a cell can't be measured on this workload; the others go on."""
+        """Record that a cell can't be measured on this workload; the others continue."""
         self.failed[self.workload.name, cell.digest] = reason
         self.progress.failed(self.workload.name, cell, reason)
         self._write(cell, "failed", 0, "", 0, {"error": reason})

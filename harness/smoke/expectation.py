@@ -136,5 +136,5 @@ def read(path: Path) -> Expectation:
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(
             f"'{path}' is not an expectation that this version reads ({f'{where}: ' if where else ''}{first['msg']}): "
-            "delete it and make it anew with `smoke --update`"
+            "delete it and make a new one with `smoke --update`"
         ) from error

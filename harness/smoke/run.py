@@ -161,7 +161,7 @@ def smoke(
         here = " ".join(settings.shown(name) for name in names)
         raise InputError(
             f"the expectation '{path}' was made with other settings ({', '.join(names)}): {there}; "
-            f"asked for here: {here}; leave them out, or make it anew with --update"
+            f"asked for here: {here}; leave them out, or make a new one with --update"
         )
     for file in [path, *([] if junit is None else [Path(junit)])]:
         if file.is_dir() or not file.absolute().parent.is_dir():

@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 class Journal:
     """Answers of a cell in progress: append-only JSON lines, one line a batch.
 
-    A line is written by one system call and synced, so a killed process leaves whole lines and at most one torn last
-    one. Reading ignores a torn end; the next append cuts it off first.
+    A line is written by one system call and synced, so a killed process leaves whole lines and at most one truncated
+    last one. Reading ignores a truncated end; the next append cuts it off first.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,6 +85,6 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _, length = self._parse()
         if self.path.exists() and self.path.stat().st_size > length:
-            log.info("%s ended in a torn line, which is cut off; its batch is answered again", self.path.name)
+            log.info("%s ended in a truncated line, which is cut off; its batch is answered again", self.path.name)
             os.truncate(self.path, length)
         self._clean = True

@@ -124,7 +124,7 @@ class Run:
             return []
 
     def record(self, digest: str) -> dict[str, Any] | None:
-        """The content of a cell's `cell.json`, checked; None where there is none or it is torn or invalid."""
+        """The content of a cell's `cell.json`, checked; None where there is none or it is truncated or invalid."""
         record = self._record(digest)
         return None if record is None else record.model_dump()
 
@@ -190,7 +190,7 @@ class Run:
         self.journal(digest).path.unlink(missing_ok=True)
 
     def fail(self, digest: str, record: CellRecord, reason: str) -> None:
-        """Store a failed cell with its reason. Its journal stays, so that a re-run goes on from there."""
+        """Store a failed cell with its reason. Its journal stays, so that a re-run resumes from there."""
         if record.digest != digest:
             raise ValueError(f"a record of {record.digest} was given for cell {digest}")
         self._cell(digest).mkdir(parents=True, exist_ok=True)

@@ -215,7 +215,7 @@ def _drive(
                 _score(run, cell, group, seconds[event.digest], result, progress)
         elif isinstance(event, Failed):
             _fail(run, cells[event.digest][0], event.reason, result, progress)
-        else:  # the unit itself could not go on
+        else:  # the unit itself could not continue
             reason = reason_of(event)
             for work in unit.cells:
                 if work.digest not in result.done and work.digest not in result.failed:

@@ -93,7 +93,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Failed:
-    """A cell that can't go on, with the reason in one line."""
+    """A cell that can't continue, with the reason in one line."""
 
     digest: str
     reason: str
@@ -174,7 +174,7 @@ def answer_unit(unit: WorkUnit) -> Iterator[Event]:
     """Answer what is left of every cell of `unit`, batch by batch.
 
     Yields:
-        `Answered` as soon as a cell has answered a batch; `Failed` once for a cell that can't go on (the rest goes on).
+        `Answered` as soon as a cell has answered a batch; `Failed` once for a cell that can't continue (the rest does).
 
     Raises:
         InputError: the backbone or the task can't be loaded.

@@ -1,4 +1,4 @@
-"""`dynamic_qwen`: keeps the visual tokens that a trained predictor inside the LLM wants to keep."""
+"""`dynamic_qwen`: keeps the visual tokens that a trained predictor inside the LLM keeps."""
 
 from __future__ import annotations
 

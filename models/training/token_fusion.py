@@ -83,7 +83,7 @@ class TokenFusionLearner(Learner):
         else:
             if spec.stage == 2 and init is None:
                 raise InputError(
-                    f"stage 2 goes on with token fusion that was trained, but '{source}' has none: give the result "
+                    f"stage 2 continues from token fusion that was trained, but '{source}' has none: give the result "
                     "folder of stage 1 as --pretrained"
                 )
             fusion = _new(backbone, spec) if init is None else load_fusion(init)

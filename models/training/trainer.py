@@ -46,7 +46,7 @@ _STARTED, _CHECKPOINTS, _LOG = "started.json", "checkpoints", "log.jsonl"
 
 
 class TrainingStopped(InputError):
-    """A training that can't go on; the message names the last good checkpoint."""
+    """A training that can't continue; the message names the last good checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +277,7 @@ def train(
     announce: Callable[[TrainingPlan], None] | None = None,
     dry_run: bool = False,
 ) -> Result | TrainingPlan:
-    """Train what `spec` says, or go on where a killed training of the same spec stopped.
+    """Train what `spec` says, or resume a killed training of the same spec.
 
     Args:
         callbacks: of transformers, for progress.
@@ -372,7 +372,7 @@ def _begin(folder: Path, course: dict[str, Any], spec: TrainSpec, processes: int
             before = {}
         now = json.loads(json.dumps(course))
         if (then := before.pop("processes", processes)) != processes:
-            log.warning("begun with %d processes, going on with %d: the order of samples changes", then, processes)
+            log.warning("begun with %d processes, resumed with %d: the order of samples changes", then, processes)
         if before != now:
             raise InputError(
                 f"'{folder}' holds another training ({_difference(before, now)}): give another --output, "

@@ -88,7 +88,7 @@ def fetch(
 
     Raises:
         HubUnreachable: before anything could be loaded, or in between. InputError: an unknown task, or a root that
-            cannot be written. What concerns one task alone is its result, and the others go on.
+            cannot be written. What concerns one task alone is its result, and the others continue.
     """
     hub = hub or Hub()
     folder = Path(root).expanduser().absolute()

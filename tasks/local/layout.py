@@ -265,7 +265,7 @@ def locate(root: str | Path, name: str) -> list[LocalTask]:
     """Local data of every single task of `name` (a task, group or tag).
 
     Raises `InputError`, one line each: no such root, a task without data (with the paths that were looked for),
-    missing columns, a split without documents, files that cannot be read, and images that are none.
+    missing columns, a split without documents, files that cannot be read, and undecodable images.
     """
     folder = root_folder(root)
     shelves: dict[tuple[Any, ...], Videos] = {}
@@ -328,7 +328,7 @@ def _places(root: str | Path, of: Upstream) -> list[str]:
 
 
 def layout(task: str, root: str | Path = "DATA_ROOT") -> str:
-    """The files that `task` (each member of a group) wants below a data root, for people; several lines."""
+    """The files that `task` (each member of a group) needs below a data root, for people; several lines."""
     blocks = []
     for of in members(task):
         folder = Path(root) / of.task

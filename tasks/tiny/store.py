@@ -170,7 +170,7 @@ def _open(name: str, folder: Path, n: int) -> Stored:
         intact = False
     if not intact:
         raise InputError(
-            f"the generated data of {name} were changed or damaged: delete {folder} to have them made anew"
+            f"the generated data of {name} were changed or damaged: delete {folder} to have them made again"
         )
     return Stored(name, folder, record["content_sha256"], n)
 

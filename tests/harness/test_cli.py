@@ -459,7 +459,7 @@ def test_stopped_by_hand_says_that_it_can_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(worker.Answerer, "answer", stop)
     code, _, err = run(capsys, "sweep", *SMALL, "--output", str(tmp_path / "run"))
     assert code == 130
-    assert err.splitlines()[-1] == f"{PROGRAM}: stopped; the same command goes on where this one was"
+    assert err.splitlines()[-1] == f"{PROGRAM}: interrupted; run the same command again to resume"
 
 
 # as processes --------------------------------------------------------------------------------------------------------

@@ -635,7 +635,7 @@ def test_no_backbone_that_can_be_loaded_is_bad_input(tmp_path, capfd):
 
 
 def test_a_cell_that_cannot_be_scored_fails_alone(tmp_path, monkeypatch):
-    """Upstream's scoring code meets answers that it cannot read: the answers stay, the other cells go on."""
+    """Upstream's scoring code meets answers that it cannot read: the answers stay, the other cells continue."""
     score = scoring.score
 
     def breaks(bound, responses, *args):

@@ -102,7 +102,7 @@ def test_kept_tokens_are_exactly_the_budgets(row: Row, subject, prompt):
 @every_prompt
 @every_compressor
 def test_kept_tokens_keep_their_features_and_positions(row: Row, subject, prompt):
-    """Feature row p belongs to position p, and positions are those of the full prompt, or counted anew if asked."""
+    """Feature row p belongs to position p, and positions are those of the full prompt, or counted again if asked."""
     if row.name == "downsample":
         pytest.skip("the control makes new tokens at new positions")
     backbone, method = subject.backbone, row.build()

@@ -32,7 +32,7 @@ class Engine(Protocol):
     def __call__(
         self, units: Iterable[WorkUnit], answer: Callable[[WorkUnit], Iterator[Event]]
     ) -> Iterator[tuple[WorkUnit, Event | Exception]]:
-        """Pairs of unit and event; an exception ends its unit, the others go on."""
+        """Pairs of unit and event; an exception ends its unit, the others continue."""
         ...
 
 

@@ -34,7 +34,7 @@ class TinySpec(Settings):
     family: Family = Field(
         default="qwen2_5_vl", description="qwen2_5_vl, the embedded `tiny`; or llava, the embedded `tiny-llava`"
     )
-    output: str = Field(default="runs/tiny", description="folder of the result; a training there goes on")
+    output: str = Field(default="runs/tiny", description="folder of the result; a training there is resumed")
     stages: list[Stage] = Field(
         default=list(STAGES),
         description=f"some of {', '.join(STAGES)}; run in this order (predictor is of qwen2_5_vl, fusion of llava)",
@@ -61,7 +61,7 @@ class TinySpec(Settings):
         return self
 
     def settings(self) -> dict[str, Any]:
-        """What a folder's training shares with one that goes on there; only what its family has."""
+        """What a folder's training shares with one that resumes it; only what its family has."""
         free = {"output", "stages", "check"}
         free |= {"family", "fusion_steps"} if self.family == "qwen2_5_vl" else set()
         return self.model_dump(exclude=free)

@@ -225,7 +225,7 @@ def train_stage(
         for o, s in zip(optimisers, state["optimisers"], strict=True):
             o.load_state_dict(s)
         start = state["step"]
-        log.info("%s goes on at step %d", stage, start)
+        log.info("%s resumes at step %d", stage, start)
     net = family(model)
     journal = (work / f"{stage}.jsonl").open("a", encoding="utf-8") if rank == 0 else None
     last = min(steps, stop or steps)
