@@ -128,9 +128,9 @@ class SparseVLM(DecoderCompressor):
         # Merged tokens are part of the count: the fewer survive, the more go, and the more are merged. Where two
         # numbers of survivors add up to the same count, it is the larger; of the published lists none is such a case.
         most = count - 1 if self.upstream_exact else count // 2
-        clusters, wanted = 0, min(1, most)
-        while wanted > clusters:
-            clusters, wanted = wanted, min(merged_into(size - count + wanted), most)
+        clusters, expected = 0, min(1, most)
+        while expected > clusters:
+            clusters, expected = expected, min(merged_into(size - count + expected), most)
         order = relation.sort(descending=True, stable=True).indices
         survivors = order[: count - clusters]
         if not clusters:

@@ -78,12 +78,12 @@ class VisionZip(Compressor):
     def _contextual_count(self, n: int, count: int, has_cls: bool) -> int:
         share = _OF_ALL if self.contextual is None else self.contextual
         if has_cls and self.contextual is None:
-            wanted = round(count * _OF_KEPT)  # half to even
+            expected = round(count * _OF_KEPT)  # half to even
         elif self.upstream_exact:
-            wanted = int(share * n)
+            expected = int(share * n)
         else:
-            wanted = math.floor(share * n + 1e-9)  # the slack is that of `Share.count`
-        return min(max(1, wanted), count if self.upstream_exact else count // 2)
+            expected = math.floor(share * n + 1e-9)  # the slack is that of `Share.count`
+        return min(max(1, expected), count if self.upstream_exact else count // 2)
 
     def compress(self, tokens: VisualTokens, count: int) -> Selection:
         """Keep `count` of N tokens, the contextual ones at their targets' places.

@@ -131,9 +131,9 @@ def _exact_count(subject: _Subject) -> Iterator[tuple[str, str]]:
     for prompt, inputs in subject.inputs.items():
         for budget in _BUDGETS:
             out = subject.backbone.prefill(inputs, subject.method, budget)
-            counts, wanted = [len(kept) for kept in out.kept], subject.wanted(prompt, budget)
-            if counts != wanted:
-                yield prompt, f"budget {budget}: {counts} tokens are left where {wanted} were asked for"
+            counts, expected = [len(kept) for kept in out.kept], subject.wanted(prompt, budget)
+            if counts != expected:
+                yield prompt, f"budget {budget}: {counts} tokens are left where {expected} were asked for"
             if not bool(torch.isfinite(out.logits).all()):
                 yield prompt, f"budget {budget}: logits are not finite"
 

@@ -90,8 +90,8 @@ def sampled_frames(total: int, native_fps: float) -> int:
         total: frames in the file.
         native_fps: its frame rate.
     """
-    wanted = max(total / native_fps * _SAMPLED_FPS, _SAMPLED_LEAST)
-    return _even(min(wanted, _even(min(_SAMPLED_MOST, total))))
+    expected = max(total / native_fps * _SAMPLED_FPS, _SAMPLED_LEAST)
+    return _even(min(expected, _even(min(_SAMPLED_MOST, total))))
 
 
 def published_frame_indices(total: int, native_fps: float, most: int) -> list[int]:
@@ -160,9 +160,9 @@ def read_video(path: str | Path, settings: MediaSettings) -> tuple[np.ndarray, d
                 indices = published_frame_indices(total, rate, settings.max_num_frames)
             else:
                 indices = frame_indices(total, rate, settings.max_num_frames, settings.fps)
-            wanted, frames = set(indices), {}
+            expected, frames = set(indices), {}
             for number, frame in enumerate(container.decode(stream)):
-                if number in wanted:
+                if number in expected:
                     frames[number] = frame.to_ndarray(format="rgb24")
                 if number >= indices[-1]:
                     break

@@ -185,14 +185,14 @@ def _extra_weights(located: str, revision: str | None, unexpected: Iterable[str]
         return {}
     extra: dict[str, Tensor] = {}
     for file, keys in weight_files(located, revision).items():
-        wanted = [
+        expected = [
             k
             for k in keys
             if _is_learned(k) or any(u == k or u.endswith("." + k) or k.endswith("." + u) for u in names)
         ]
-        if wanted:
+        if expected:
             with safe_open(file, framework="pt") as tensors:
-                extra.update({k: tensors.get_tensor(k) for k in wanted})
+                extra.update({k: tensors.get_tensor(k) for k in expected})
     return extra
 
 
@@ -236,8 +236,8 @@ def checkpoint_folder(source: str, revision: str | None = None) -> Path:
         from huggingface_hub import snapshot_download
 
         with _readable_failures(source, "files"):
-            wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-            located = snapshot_download(located, revision=revision, allow_patterns=wanted)
+            expected = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+            located = snapshot_download(located, revision=revision, allow_patterns=expected)
     return Path(located)
 
 

@@ -248,10 +248,10 @@ def _load_tasks(manager: Any, name: str, override: Mapping[str, Any] | None = No
     `override` replaces keys of the task file (of each member's, for a group), e.g. where the data is. Raises
     `InputError` with the cause in one line.
     """
-    wanted: str | dict[str, Any] = {"task": name, **copy.deepcopy(dict(override))} if override else name
+    expected: str | dict[str, Any] = {"task": name, **copy.deepcopy(dict(override))} if override else name
     try:
         with one_at_a_time, lmms.quiet(), lmms.no_waiting_offline(), lmms.no_word_lists(name):
-            return dict(_leaves(manager.load_task_or_group([wanted], task_type="chat")))
+            return dict(_leaves(manager.load_task_or_group([expected], task_type="chat")))
     except (Exception, SystemExit) as error:
         cause = _cause(error)
         if isinstance(cause, ImportError):

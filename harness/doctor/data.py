@@ -147,8 +147,8 @@ def missing_packages(of: upstream.Upstream) -> list[str]:
 
     Found in the source: running it would download things for some tasks. Imports inside `try` are optional.
     """
-    wanted = {name: None for file in of.code for name in _imports(file)}
-    return [name for name in wanted if find_spec(name) is None]
+    expected = {name: None for file in of.code for name in _imports(file)}
+    return [name for name in expected if find_spec(name) is None]
 
 
 @functools.cache

@@ -121,11 +121,11 @@ def _python() -> Iterable[Check]:
 
     have = platform.python_version()
     try:
-        wanted = distribution_metadata(DISTRIBUTION)["Requires-Python"] or ">=3.11"
+        expected = distribution_metadata(DISTRIBUTION)["Requires-Python"] or ">=3.11"
     except PackageNotFoundError:
-        wanted = ">=3.11"
-    fits = SpecifierSet(wanted).contains(have, prereleases=True)
-    yield Check("python", fits, f"{have} (wanted {wanted})", "" if fits else f"use a Python {wanted}")
+        expected = ">=3.11"
+    fits = SpecifierSet(expected).contains(have, prereleases=True)
+    yield Check("python", fits, f"{have} (wanted {expected})", "" if fits else f"use a Python {expected}")
 
 
 def _package() -> Iterable[Check]:
@@ -149,17 +149,17 @@ def _versions() -> Iterable[Check]:
     except PackageNotFoundError:
         return  # already reported
     for line in lines:
-        wanted = Requirement(line)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+        expected = Requirement(line)
+        if expected.marker is not None and not expected.marker.evaluate({"extra": ""}):
             continue
-        have = installed(wanted.name)
+        have = installed(expected.name)
         # a local build such as 2.11.0+cu130 or a nightly is inside its range
-        fits = have is not None and wanted.specifier.contains(have, prereleases=True)
-        if fits and wanted.name not in always:
+        fits = have is not None and expected.specifier.contains(have, prereleases=True)
+        if fits and expected.name not in always:
             others += 1
             continue
-        remedy = "" if fits else f"pip install '{wanted.name}{wanted.specifier}'"
-        yield Check(wanted.name, fits, f"{have or 'not installed'} (wanted {wanted.specifier})", remedy)
+        remedy = "" if fits else f"pip install '{expected.name}{expected.specifier}'"
+        yield Check(expected.name, fits, f"{have or 'not installed'} (wanted {expected.specifier})", remedy)
     yield Check("other packages", True, f"{others} more are inside their ranges")
 
 

@@ -176,9 +176,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--energy-seconds", type=float, default=2.0)
     made.add_argument("--threads", type=int)
     made.add_argument("--results", type=Path, default=Path("results/measured"), help="where the folder is made")
-    made.add_argument(
-        "--date", default=f"{datetime.now(UTC):%Y-%m-%d}", help="of the folder, to resume an older one"
-    )
+    made.add_argument("--date", default=f"{datetime.now(UTC):%Y-%m-%d}", help="of the folder, to resume an older one")
     made.add_argument("--minutes", type=float, help="stop after so long; the same command resumes")
     return made
 

@@ -326,9 +326,9 @@ def naive_sparsevlm(view: PromptView, count: int) -> list[int]:
     raters = view.text[liking > liking.mean()]
     relation = naive_map(view, view.layer - 1)[:, raters].mean(dim=(0, 1))[view.visual]
     order, states = _ranked(relation), view.hidden[view.visual]
-    clusters, wanted = 0, min(1, count // 2, len(order) - count)
-    while wanted > clusters:  # merged tokens are part of the count
-        clusters, wanted = wanted, min(merged_into(len(order) - count + wanted), count // 2)
+    clusters, expected = 0, min(1, count // 2, len(order) - count)
+    while expected > clusters:  # merged tokens are part of the count
+        clusters, expected = expected, min(merged_into(len(order) - count + expected), count // 2)
     if not clusters:
         return sorted(order[:count])
     gone = order[count - clusters :]

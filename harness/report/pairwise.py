@@ -63,10 +63,10 @@ def against(
     cells = prepared(cells, [])
     remarks = backbone_remarks(cells)
     entries = entries_of(cells, samples)
-    wanted = _wanted(entries, reference, reference_backbone)
+    expected = _wanted(entries, reference, reference_backbone)
     rows = []
     for backbone, label, budget in sorted(entries, key=lambda key: (key[0], *budget_order(key[2]), key[1])):
-        other = wanted.get((reference_backbone or backbone, budget))
+        other = expected.get((reference_backbone or backbone, budget))
         if other is None or other == (backbone, label, budget):
             continue
         own, base = entries[backbone, label, budget], entries[other]

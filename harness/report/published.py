@@ -174,7 +174,7 @@ def chosen(
 
 def beside(numbers: pd.DataFrame, cells: pd.DataFrame, names: Mapping[str, Sequence[str]]) -> pd.DataFrame:
     """The rows for the backbones, tasks and methods that occur in a run (`cells` of `load_run`), at any budget."""
-    wanted = pd.DataFrame(
+    expected = pd.DataFrame(
         {
             "backbone": [backbone_named(str(identity), names) for identity in cells["backbone"]],
             "task": cells["task"],
@@ -182,7 +182,7 @@ def beside(numbers: pd.DataFrame, cells: pd.DataFrame, names: Mapping[str, Seque
         }
     )
     found = pd.Series(False, index=numbers.index)
-    for backbone, own in wanted.groupby("backbone"):
+    for backbone, own in expected.groupby("backbone"):
         here = numbers["backbone"] == backbone
         found |= here & numbers["task"].isin(own["task"]) & numbers["method"].isin([REFERENCE, *own["method"]])
     return numbers[found]

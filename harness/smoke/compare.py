@@ -74,7 +74,7 @@ class Comparison:
 def compare(expected: Expectation, outcome: Outcome, tolerance: Tolerance) -> Comparison:
     """Hold a run against an expectation with the same settings."""
     observed = outcome.observed
-    wanted, came = ({cell.title: cell for cell in e.cells} for e in (expected, observed))
+    required, came = ({cell.title: cell for cell in e.cells} for e in (expected, observed))
     remarks = [
         f"{name}: {old} when the expectation was made, {new} now"
         for name, old, new in _changed(expected.made_with, observed.made_with)
@@ -86,24 +86,24 @@ def compare(expected: Expectation, outcome: Outcome, tolerance: Tolerance) -> Co
         allowed = 0.0 if same_torch else OTHER_TORCH_SHARE
     other = {
         title: [key for key, text in cell.answers.items() if came[title].answers.get(key) != text]
-        for title, cell in wanted.items()
+        for title, cell in required.items()
         if title in came
     }
-    total = sum(len(wanted[title].answers) for title in other)
+    total = sum(len(required[title].answers) for title in other)
     differing = sum(map(len, other.values()))
     beyond = differing > allowed * total + _EPSILON
     moved: dict[str, list[str]] = {title: [f"failed: {reason}"] for title, reason in outcome.failed.items()}
-    for title in [*wanted, *(title for title in came if title not in wanted)]:
+    for title in [*required, *(title for title in came if title not in required)]:
         if title in moved:
             continue
-        if title not in came or title not in wanted:
-            moved[title] = ["expected, but it was not run" if title in wanted else "it is not in the expectation"]
+        if title not in came or title not in required:
+            moved[title] = ["expected, but it was not run" if title in required else "it is not in the expectation"]
             continue
-        lines = _moved_numbers(wanted[title], came[title], tolerance)
-        if set(came[title].answers) - set(wanted[title].answers):
+        lines = _moved_numbers(required[title], came[title], tolerance)
+        if set(came[title].answers) - set(required[title].answers):
             lines.append("documents: more than expected")
         if beyond and other[title]:
-            lines += _moved_answers(wanted[title], came[title], other[title])
+            lines += _moved_answers(required[title], came[title], other[title])
         if lines:
             moved[title] = lines
     return Comparison(moved, remarks, total, differing, allowed)

@@ -332,7 +332,7 @@ def _settle_earlier_cells(run: Run, planned: SweepPlan, existing: Existing) -> b
         InputError: a finished cell was made with other settings, and `existing` is `keep`.
     """
     overwrite, replace_stale = existing == "overwrite", existing == "replace-stale"
-    wanted = {
+    expected = {
         _place(
             {
                 "backbone": cell.spec.backbone.pretrained,
@@ -354,7 +354,7 @@ def _settle_earlier_cells(run: Run, planned: SweepPlan, existing: Existing) -> b
                 run.remove(digest)
                 removed = True
             continue
-        cell = wanted.get(_place(record))
+        cell = expected.get(_place(record))
         if cell is None:
             here = common.get(record["backbone"])
             if replace_stale and here and any(here[k] != record["settings"].get(k) for k in _SWEEP_SETTINGS):

@@ -354,17 +354,17 @@ def _family_protocol(pretrained: str, revision: str | None) -> str:
 
 def _check_generation(key: str, value: Any) -> None:
     if key == "until":
-        fits, wanted = isinstance(value, str) or _all(value, str), "a text or a list of texts"
+        fits, expected = isinstance(value, str) or _all(value, str), "a text or a list of texts"
     elif key == "do_sample":
-        fits, wanted = isinstance(value, bool), "true or false"
+        fits, expected = isinstance(value, bool), "true or false"
     elif key in ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty"):
-        fits, wanted = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0, "a number >= 0"
+        fits, expected = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0, "a number >= 0"
     else:
         least = 1 if key in ("max_new_tokens", "num_beams") else 0
         fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        wanted = f"a whole number >= {least}"
+        expected = f"a whole number >= {least}"
     if not fits:
-        raise InputError(f"invalid generation setting {key}={value!r}: expected {wanted}")
+        raise InputError(f"invalid generation setting {key}={value!r}: expected {expected}")
 
 
 def _all(value: Any, kind: type) -> bool:

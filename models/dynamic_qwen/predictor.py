@@ -126,13 +126,13 @@ class Predictor(nn.Module):
         blocks = sum(name.endswith("qkv.weight") for name in ours)
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
             predictor = cls(width, hidden, len(ours["blocks.0.up.weight"]), blocks, "blocks.0.out.bias" in ours)
-        wanted = {name: tuple(tensor.shape) for name, tensor in predictor.state_dict().items()}
-        for name in sorted({*wanted, *ours}):
-            if name not in ours or name not in wanted or tuple(ours[name].shape) != wanted[name]:
+        expected = {name: tuple(tensor.shape) for name, tensor in predictor.state_dict().items()}
+        for name in sorted({*expected, *ours}):
+            if name not in ours or name not in expected or tuple(ours[name].shape) != expected[name]:
                 got = tuple(ours[name].shape) if name in ours else "nothing"
                 raise InputError(
                     f"{source}: predictor tensor {name} has shape {got}, but the others ask for "
-                    f"{wanted.get(name, 'nothing')}"
+                    f"{expected.get(name, 'nothing')}"
                 )
         copies = {name: tensor.detach().to("cpu", dtype, copy=True) for name, tensor in ours.items()}
         predictor.load_state_dict(copies, assign=True)

@@ -103,11 +103,11 @@ def fetch(
         if (e := known.get(n)) is not None and e.mirror_of
     ]
     embedded = {r.task for r in results}
-    wanted = {of.task: of for name in names if name not in embedded for of in upstream.members(name)}
-    left = list(wanted)
+    expected = {of.task: of for name in names if name not in embedded for of in upstream.members(name)}
+    left = list(expected)
     unpacked: set[tuple[str, str | None, str]] = set()
-    for number, of in enumerate(wanted.values(), 1):
-        say(f"[{number}/{len(wanted)}] {of.task}")
+    for number, of in enumerate(expected.values(), 1):
+        say(f"[{number}/{len(expected)}] {of.task}")
         try:
             results.append(_fetch(of, folder, hub, say, unpacked))
         except Exception as error:

@@ -40,10 +40,10 @@ class Videos:
             return None
         for prefix in self._prefixes:
             for suffix in ("", *VIDEO_SUFFIXES):
-                wanted = PurePosixPath(named).with_name(f"{prefix}{PurePosixPath(named).name}{suffix}").as_posix()
-                hits = [p for p in self._by_name.get(PurePosixPath(wanted).name, ()) if _ends_with(p, wanted)]
+                expected = PurePosixPath(named).with_name(f"{prefix}{PurePosixPath(named).name}{suffix}").as_posix()
+                hits = [p for p in self._by_name.get(PurePosixPath(expected).name, ()) if _ends_with(p, expected)]
                 if hits:
-                    return self._one(hits, wanted)
+                    return self._one(hits, expected)
         return None
 
     def _one(self, hits: list[Path], wanted: str) -> Path:

@@ -219,10 +219,10 @@ class LlavaNetwork(network.Network):
         Without that nothing would give methods that rank by the attention of the CLS token anything to go by.
         """
         features, guide, summary = self._tower(batch["pixels"], batch["cells"], batch["partners"], whole=True)
-        wanted = batch["codes"][..., :2].flatten(1)
-        there = ((wanted >= 0) & (wanted != self.model.config.text_config.pad_token_id)).float()
+        expected = batch["codes"][..., :2].flatten(1)
+        there = ((expected >= 0) & (expected != self.model.config.text_config.pad_token_id)).float()
         words = F.normalize(codes[0][:, :TOWER], dim=-1)
-        said = (summary @ words.T).log_softmax(-1).gather(1, wanted.clamp_min(0))
+        said = (summary @ words.T).log_softmax(-1).gather(1, expected.clamp_min(0))
         return features, {"partner": guide, "summary": -(said * there).sum() / there.sum().clamp_min(1)}
 
     def _tower(self, pixels: Tensor, cells: Tensor | None, partners: Tensor | None, whole: bool) -> Any:

@@ -69,23 +69,23 @@ def _take(features: Tensor, places: Tensor) -> Tensor:
 def aux_loss(features: Tensor, batch: dict[str, Any], codes: Tensor) -> tuple[Tensor, dict[str, float]]:
     """How badly informative tokens say what they show: cross-entropy a slot, and distance to the sum of the codes."""
     shown = _take(features, batch["cells"])
-    wanted = batch["codes"]
+    expected = batch["codes"]
     parts: list[Tensor] = []
     logged: dict[str, float] = {}
     for slot in range(4):
         logits = 12 * shown @ codes[slot].T
-        there = wanted[..., slot] >= 0
+        there = expected[..., slot] >= 0
         if not bool(there.any()):
             continue
-        parts.append(F.cross_entropy(logits[there], wanted[..., slot][there]))
+        parts.append(F.cross_entropy(logits[there], expected[..., slot][there]))
         with torch.no_grad():
-            real = there & (wanted[..., slot] != wanted.new_tensor(_none()))
+            real = there & (expected[..., slot] != expected.new_tensor(_none()))
             if bool(real.any()):
-                logged[f"slot{slot}"] = float((logits[real].argmax(-1) == wanted[..., slot][real]).float().mean())
-    whole = (wanted >= 0).all(-1)
+                logged[f"slot{slot}"] = float((logits[real].argmax(-1) == expected[..., slot][real]).float().mean())
+    whole = (expected >= 0).all(-1)
     loss = torch.stack(parts).mean()
     if bool(whole.any()):
-        aim = sum(codes[s][wanted[..., s].clamp_min(0)] for s in range(4))
+        aim = sum(codes[s][expected[..., s].clamp_min(0)] for s in range(4))
         loss = loss + 0.25 * (shown - aim)[whole].square().sum(-1).mean()
     return loss, logged
 
@@ -101,10 +101,10 @@ def symbolic(batch: dict[str, Any], codes: Tensor, generator: torch.Generator) -
     b, width = len(batch["cells"]), codes.shape[-1]
     scale = 1.5 * torch.rand(b, 1, 1, generator=generator) / width**0.5
     features = torch.randn(b, t * h * w, width, generator=generator) * scale
-    wanted = batch["codes"]
-    exact = torch.stack([codes[s][wanted[..., s].clamp_min(0)] for s in range(4)]).sum(0)
+    expected = batch["codes"]
+    exact = torch.stack([codes[s][expected[..., s].clamp_min(0)] for s in range(4)]).sum(0)
     exact = exact + 0.4 / width**0.5 * torch.randn(exact.shape, generator=generator)
-    real = wanted[..., 0] >= 0
+    real = expected[..., 0] >= 0
     for row, places, values, there in zip(features, batch["cells"], exact, real, strict=True):
         row[places[there]] = values[there]
     return features
