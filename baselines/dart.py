@@ -57,10 +57,10 @@ class DART(DecoderCompressor):
             norms = keys.to(working_dtype(keys)).abs().sum(1)
             view.memory["dart"] = norms, view.final_norm(view.hidden)
         norms, states = view.memory["dart"]
-        places = view.visual[members]
-        after = torch.arange(int(view.visual[-1]) + 1, len(states), device=places.device)
+        indices = view.visual[members]
+        after = torch.arange(int(view.visual[-1]) + 1, len(states), device=indices.device)
         kept = pick(
-            norms, states, places, after, count, self.image_pivots, self.text_pivots, set_order=self.upstream_exact
+            norms, states, indices, after, count, self.image_pivots, self.text_pivots, set_order=self.upstream_exact
         )
         return Selection(kept=kept)
 
@@ -81,7 +81,7 @@ def pick(
     Args:
         norms: (S,) L1 norms of the keys.
         states: (S, D) normed states; their cosines are float64.
-        image: (N,) places of the visual tokens among the S, ascending;
+        image: (N,) positions of the visual tokens among the S, ascending;
         text: (T,) places of the text to take pivots from.
         set_order: visit pivots in the order of `list(set(places))` instead of visual and then text ones by falling
             norm.

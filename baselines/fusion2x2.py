@@ -59,7 +59,7 @@ class Fusion2x2(Compressor):
             t, h, w = grid if grid[1] * grid[2] > 1 else (1, 1, grid[0])  # one token a frame: pairs of frames
             before, grid = (t, h, w), (t, -(-h // 2), -(-w // 2))
             windows = grid[0] * grid[1] * grid[2]
-            rows, places, sizes = (_windows(part, before) for part in (x, place, size))
+            rows, indices, sizes = (_windows(part, before) for part in (x, place, size))
             # (windows, 4): members that join the first one of their window.
             joined = sizes > 0
             joined[:, 0] = False
@@ -71,8 +71,8 @@ class Fusion2x2(Compressor):
             sizes[:, 0] += (sizes * joined).sum(dim=1)
             # What stays, in raster order; how many is known, so that nothing waits for the device.
             stays = (sizes > 0) & ~joined
-            order = torch.where(stays, places, features.shape[0]).flatten().argsort(stable=True)[: max(count, windows)]
-            x, place, size = rows.flatten(0, 1)[order], places.flatten()[order], sizes.flatten()[order]
+            order = torch.where(stays, indices, features.shape[0]).flatten().argsort(stable=True)[: max(count, windows)]
+            x, place, size = rows.flatten(0, 1)[order], indices.flatten()[order], sizes.flatten()[order]
             rounds.append((before, mass, changed, order))
 
         def merge(rows: Tensor) -> Tensor:

@@ -136,5 +136,5 @@ def _nearest(unit: Tensor, block: Tensor, neighbours: int) -> Tensor:
     taken = sure | (equal & (equal.cumsum(dim=1) <= neighbours - sure.sum(dim=1, keepdim=True)))
     # Exactly `neighbours` in each row, so that their places can be had without waiting for the device.
     n = unit.shape[0]
-    places = torch.where(taken, n - torch.arange(n, dtype=torch.float32, device=unit.device), 0)
-    return n - places.topk(neighbours, dim=1).values.long()
+    indices = torch.where(taken, n - torch.arange(n, dtype=torch.float32, device=unit.device), 0)
+    return n - indices.topk(neighbours, dim=1).values.long()

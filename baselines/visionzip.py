@@ -105,8 +105,8 @@ class VisionZip(Compressor):
             return Selection(kept=dominant, scores=attention)
 
         rest = _complement(n, dominant)
-        places = torch.arange(contextual, device=features.device) * max(1, rest.shape[0] // contextual)
-        targets, joining = rest[places], rest[_complement(rest.shape[0], places)]
+        indices = torch.arange(contextual, device=features.device) * max(1, rest.shape[0] // contextual)
+        targets, joining = rest[indices], rest[_complement(rest.shape[0], indices)]
         owner = _owner(keys, targets, joining)
         merged = tokens.finish(_merge(tokens.rows, targets, joining, owner))
 

@@ -295,7 +295,7 @@ class DecoderPruning:
             if all(present == count for present, count in sizes):  # also a prompt without visual tokens
                 continue
             view = self._view(number, row, hidden, layout, tables)
-            places = view.visual + hidden.shape[1] - lengths[row]
+            indices = view.visual + hidden.shape[1] - lengths[row]
             start, chosen, scores, selections = 0, [], [], []
             for present, count in sizes:
                 members = torch.arange(start, start + present, device=hidden.device)
@@ -306,7 +306,7 @@ class DecoderPruning:
                 selections.append((members, selection))
                 scores.append(selection.scores)
                 if selection.features is not None:
-                    merged.append((row, places[kept], selection.features.to(hidden.dtype)))
+                    merged.append((row, indices[kept], selection.features.to(hidden.dtype)))
                 start += present
             index = torch.cat(chosen)
             on_cpu = index.cpu()
@@ -317,8 +317,8 @@ class DecoderPruning:
             for plane in self._planes[number:]:
                 rows = [one.follow(plane[row][members], self.method.name) for members, one in selections]
                 plane[row] = torch.cat(rows)
-            keep[row, places] = False
-            keep[row, places[index]] = True
+            keep[row, indices] = False
+            keep[row, indices[index]] = True
             alive[row] = layout.alive[row][index]
             lengths[row] -= start - len(index)
             known = [s for s in scores if s is not None]
@@ -348,14 +348,14 @@ class DecoderPruning:
             layer=number,
             depth=self.depth,
             hidden=hidden[row, tail:],
-            visual=_places(prompt.visual[row, columns]),
+            visual=_indices(prompt.visual[row, columns]),
             original=original,
             item=torch.bucketize(original, ends, right=True),
-            text=_places(prompt.question[row, columns]),
+            text=_indices(prompt.question[row, columns]),
             total=self._lengths[row] + prompt.totals[row] - len(prompt.kept[row]),
             embeds=prompt.embeds[row, whole],
-            first_visual=_places(prompt.visual[row, whole]),
-            first_text=_places(prompt.question[row, whole]),
+            first_visual=_indices(prompt.visual[row, whole]),
+            first_text=_indices(prompt.question[row, whole]),
             memory=self._memory[row],
             access=self.access,
             tables=(cos, sin),
@@ -401,7 +401,7 @@ class DecoderPruning:
         return selection
 
 
-def _places(mask: Tensor) -> Tensor:
+def _indices(mask: Tensor) -> Tensor:
     return mask.nonzero().squeeze(1)
 
 

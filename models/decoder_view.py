@@ -1,4 +1,4 @@
-"""What a method inside the LLM sees of a prompt: one layer's inputs, its attention, the places of its tokens."""
+"""What a method inside the LLM sees of a prompt: one layer's inputs, its attention, the positions of its tokens."""
 
 from __future__ import annotations
 
@@ -109,19 +109,19 @@ class PromptView(DecoderView):
         normed, keys = self._source(layer)
         dtype = working_dtype(normed)
         size, groups, _ = keys.shape
-        places = torch.arange(size, device=normed.device) if queries is None else queries.to(normed.device)
+        indices = torch.arange(size, device=normed.device) if queries is None else queries.to(normed.device)
         columns = torch.arange(size, device=normed.device)
         k = keys.to(dtype).permute(1, 2, 0)[:, None]  # (H', 1, d, S)
         total = torch.zeros(size, dtype=dtype, device=normed.device)
         cos, sin = self.tables
         heads = self.access.config.num_attention_heads
-        for rows in places.split(max(1, _CHUNK_WEIGHTS // (heads * size))):
+        for rows in indices.split(max(1, _CHUNK_WEIGHTS // (heads * size))):
             q = self.access.queries(layer, normed[rows], cos[rows], sin[rows]).to(dtype) * self.access.scale(layer)
             # Query head h reads key head h // (H / H'), as in transformers' repeat_kv.
             q = q.view(len(rows), groups, -1, q.shape[-1]).permute(1, 2, 0, 3)
             later = columns > rows[:, None]
             total += (q @ k).masked_fill_(later, -torch.inf).softmax(-1).sum((0, 1, 2))
-        return total / (heads * len(places))
+        return total / (heads * len(indices))
 
     def keys(self, layer: int) -> Tensor:
         return self._source(layer)[1].flatten(1)

@@ -96,7 +96,7 @@ class CompressedPrompt:
             prompt.
         totals: for each prompt its visual tokens before compression.
         scores: for each prompt (N,) float or None.
-        visual, question: (B, S') bool, places of visual tokens and of the question's.
+        visual, question: (B, S') bool, positions of visual tokens and of the question's.
         items: for each prompt the sizes of its images and videos, in order: (before compression, kept).
         decoder: what is still to be dropped inside the LLM, a method and its budget; None for nothing. `kept` then
             holds what enters the LLM's first layer.
@@ -226,9 +226,9 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
     planes: list[list[Tensor]] = [[] for _ in range(number)]
     for row, items in enumerate(encoded.rows):
         total = sum(item.features.shape[0] for item in items)
-        places = prompt.visual[row].nonzero().squeeze(1)
-        if len(places) != total:
-            raise InputError(f"prompt {row} has {len(places)} visual placeholders but {total} visual features")
+        indices = prompt.visual[row].nonzero().squeeze(1)
+        if len(indices) != total:
+            raise InputError(f"prompt {row} has {len(indices)} visual placeholders but {total} visual features")
         totals.append(total)
         if not items:
             kept_rows.append(torch.empty(0, dtype=torch.int64))
@@ -253,8 +253,8 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
         on_cpu = index.cpu()
         if len(on_cpu) and (int(on_cpu[0]) < 0 or int(on_cpu[-1]) >= total or bool((on_cpu.diff() <= 0).any())):
             raise InputError(f"method '{compressor.name}' returned indices that are not ascending, unique and in range")
-        keep[row, places[index]] = True
-        embeds[row, places[index]] = torch.cat(features).to(embeds.dtype)
+        keep[row, indices[index]] = True
+        embeds[row, indices[index]] = torch.cat(features).to(embeds.dtype)
         kept_rows.append(on_cpu)
         own = [item.features.shape[0] for item in items]
         owner = torch.bucketize(on_cpu, torch.tensor(own).cumsum(0), right=True)

@@ -21,10 +21,10 @@ class DecoderView(ABC):
     Attributes:
         layer, depth: the layer whose input this is, and the LLM's number of layers.
         hidden: (S, D) states of the tokens still there, in prompt order, the model's dtype.
-        visual: (V,) int64, places of the visual tokens among the S, ascending.
+        visual: (V,) int64, positions of the visual tokens among the S, ascending.
         original: (V,) int64, their visual indices in the prompt (0 is its first visual token).
         item: (V,) int64, which image or video of the prompt each belongs to.
-        text: (T,) int64, places of the question's tokens among the S; the last token of the prompt is at S - 1.
+        text: (T,) int64, positions of the question's tokens among the S; the last token of the prompt is at S - 1.
         total: tokens of the prompt before any compression.
         embeds: (S0, D) input embeddings of the whole prompt as it entered the LLM, (V0,) `first_visual` the visual
             tokens among them and (T,) `first_text` the question's.
@@ -51,7 +51,7 @@ class DecoderView(ABC):
         Args:
             layer: this view's layer (its input norm and projections applied to the states as they are now), or the one
                 before it (the attention that really took place there; needs "previous").
-            queries: (Q,) places of the query tokens among the S; all S where not given.
+            queries: (Q,) positions of the query tokens among the S; all S where not given.
 
         Returns:
             float32 (float64 for float64 states), summing to 1. Summed in chunks: never an S x S array.

@@ -173,7 +173,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def prompt(self, inputs: Mapping[str, Any], keys: Sequence[str]) -> Prompt:
-        """Embeddings, positions and the places of visual tokens, before any compression."""
+        """Embeddings, positions, and where visual tokens stand, before any compression."""
 
     @abstractmethod
     def resize(self, inputs: Mapping[str, Any], compressor: Compressor, budget: Budget) -> dict[str, Any]:

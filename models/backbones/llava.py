@@ -133,18 +133,18 @@ class Llava(Backbone):
 
     def _images(self, inputs: Mapping[str, Any]) -> list[int]:
         """Images of each prompt."""
-        places = self.visual_totals(inputs)
+        totals = self.visual_totals(inputs)
         if inputs.get("pixel_values") is None:
-            if any(places):
+            if any(totals):
                 raise InputError("the prompts have placeholders for images but none are given")
-            return [0] * len(places)
+            return [0] * len(totals)
         h, w = self._grid(inputs)
-        if odd := [n for n in places if n % (h * w)]:
+        if odd := [n for n in totals if n % (h * w)]:
             raise InputError(
                 f"a prompt has {odd[0]} placeholders, no multiple of the {h * w} tokens of an image: "
                 "was the prompt cut after the processor made it?"
             )
-        counts = [n // (h * w) for n in places]
+        counts = [n // (h * w) for n in totals]
         given = inputs["pixel_values"].shape[0]
         if sum(counts) != given:
             raise InputError(f"{given} images were given but the prompts have placeholders for {sum(counts)}")

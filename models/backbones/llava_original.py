@@ -309,15 +309,15 @@ class OriginalLlava:
             if name in state:
                 state[name] = self._grown(state[name])
         if self._fusion is not None:
-            places = {f"{old}.{part}": f"{new}.{part}" for new, old in STF_NAMES.items() for part in _PARTS}
+            renamed = {f"{old}.{part}": f"{new}.{part}" for new, old in STF_NAMES.items() for part in _PARTS}
         else:
-            places = {
+            renamed = {
                 f"model.mm_projector.{n}.{part}": f"linear_{1 + n // 2}.{part}" for n in (0, 2) for part in _PARTS
             }
         extra = {}
         for name, tensor in rest.items():
-            if name in places:
-                state[f"model.multi_modal_projector.{places[name]}"] = tensor.read()
+            if name in renamed:
+                state[f"model.multi_modal_projector.{renamed[name]}"] = tensor.read()
             elif self.learned(name):
                 extra[name] = tensor.read()
             else:

@@ -247,10 +247,10 @@ class Qwen2_5_VL(Backbone):
             ids = ids[mask.bool()]
             kinds = self._kinds(ids)
             keep = kinds == 0
-            places, at = kinds.nonzero().squeeze(1), 0
+            indices, at = kinds.nonzero().squeeze(1), 0
             for kind, number, (t, h, w) in layout[row_number]:
                 new_h, new_w = sizes[kind][number]
-                keep[places[at : at + t * new_h * new_w]] = True
+                keep[indices[at : at + t * new_h * new_w]] = True
                 at += t * h * w
             id_rows.append(ids[keep])
         size = max(map(len, id_rows))

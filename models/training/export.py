@@ -366,10 +366,10 @@ def _is_part(name: str, kind: Kind) -> bool:
 def _write_sharded(located: Path, folder: Path, state: Mapping[str, Tensor], replaced: set[str]) -> None:
     """Shards as they are, and one more with the new tensors."""
     index = json.loads((located / _INDEX).read_text(encoding="utf-8"))
-    places: dict[str, str] = index["weight_map"]
+    shards: dict[str, str] = index["weight_map"]
     dropped = 0
-    for shard in sorted(set(places.values())):
-        old = [name for name in places if places[name] == shard and name in replaced]
+    for shard in sorted(set(shards.values())):
+        old = [name for name in shards if shards[name] == shard and name in replaced]
         if old:
             tensors = load_file(located / shard)
             dropped += sum(tensors.pop(name).nbytes for name in old)
@@ -378,8 +378,8 @@ def _write_sharded(located: Path, folder: Path, state: Mapping[str, Tensor], rep
         shutil.copyfile(located / shard, folder / shard)
     new = "model-learned.safetensors"
     save_file(dict(state), folder / new, metadata={"format": "pt"})
-    places = {name: shard for name, shard in places.items() if name not in replaced}
-    index["weight_map"] = {**places, **dict.fromkeys(state, new)}
+    shards = {name: shard for name, shard in shards.items() if name not in replaced}
+    index["weight_map"] = {**shards, **dict.fromkeys(state, new)}
     meta = index.setdefault("metadata", {})
     if "total_size" in meta:
         meta["total_size"] += sum(t.nbytes for t in state.values()) - dropped
