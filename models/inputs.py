@@ -309,15 +309,7 @@ def process(
     if videos:
         low, high = settings.video_min_pixels, settings.video_max_pixels
         bounds = _bounds(processor.video_processor, low, high)
-        arguments["videos"] = list(videos)
-        # Frames are chosen above; what the processor may not do is choose again or change each frame's size with their
-        # number (a default that moved between transformers releases).
-        arguments["videos_kwargs"] = {
-            "video_metadata": [{k: v for k, v in about.items() if k != "sharing"} for about in metadata],
-            "do_sample_frames": False,
-            "cap_pixels_per_frame": False,
-            "input_data_format": "channels_last",
-        }
+        arguments["videos"], arguments["videos_kwargs"] = list(videos), _videos_kwargs(metadata)
         if bounds and settings.share_pixels:  # each clip has bounds of its own, and the processor takes one pair
             arguments["videos"] = [
                 _resized_frames(frames, about.get("sharing", len(frames)), processor.video_processor, bounds)
@@ -338,6 +330,17 @@ def process(
             common_kwargs={"return_tensors": "pt"},
         )
     )
+
+
+def _videos_kwargs(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    # Frames are chosen by `read_video`; what the processor may not do is choose again or change each frame's size with
+    # their number (a default that moved between transformers releases).
+    return {
+        "video_metadata": [{k: v for k, v in about.items() if k != "sharing"} for about in metadata],
+        "do_sample_frames": False,
+        "cap_pixels_per_frame": False,
+        "input_data_format": "channels_last",
+    }
 
 
 def _bounds(processor: Any, low: int | None, high: int | None) -> tuple[int, int] | None:

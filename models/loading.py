@@ -24,7 +24,7 @@ from visionselector_eval.models.tiny import EMBEDDED, checkpoint, embedded
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from visionselector_eval.models.backbones.base import Backbone
+    from visionselector_eval.models.backbones.base import Backbone, Foreign
 
 log = logging.getLogger(__name__)
 
@@ -286,6 +286,25 @@ def _quiet_report() -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
 
 
+def _processor(source: str, located: str, revision: str | None, foreign: Foreign | None, config: Any) -> Any:
+    """The processor of a checkpoint, checked against its configuration."""
+    with _readable_failures(source, "processor"):
+        if foreign is None:
+            processor = AutoProcessor.from_pretrained(located, revision=revision)
+        else:
+            processor = foreign.processor()
+        if processor.chat_template is None:
+            # Of a template that stands in tokenizer_config.json alone transformers tells the tokenizer only.
+            processor.chat_template = processor.tokenizer.chat_template
+        # Without its files transformers makes an empty tokenizer up, and every prompt would silently be nonsense.
+        if processor.image_token_id != config.image_token_id:
+            raise InputError(
+                f"tokenizer of '{source}' does not know the checkpoint's image token {config.image_token_id}: "
+                "tokenizer.json or tokenizer_config.json is missing or of another model"
+            )
+    return processor
+
+
 def load_backbone(
     path_or_hub_id: str | os.PathLike[str],
     device: str = "cpu",
@@ -295,6 +314,8 @@ def load_backbone(
     revision: str | None = None,
 ) -> Backbone:
     """Load a multimodal LLM behind its family's adapter.
+
+    Long because each part of a checkpoint has its own refusal, in the order in which they can be told.
 
     Args:
         path_or_hub_id: folder, hub id, or `tiny` for the embedded checkpoint. A released VisionSelector checkpoint (the
@@ -321,20 +342,7 @@ def load_backbone(
     commit = getattr(config, "_commit_hash", None)
     with _readable_failures(source, "configuration"):
         config = config if foreign is None else foreign.config
-    with _readable_failures(source, "processor"):
-        if foreign is None:
-            processor = AutoProcessor.from_pretrained(located, revision=revision)
-        else:
-            processor = foreign.processor()
-        if processor.chat_template is None:
-            # Of a template that stands in tokenizer_config.json alone transformers tells the tokenizer only.
-            processor.chat_template = processor.tokenizer.chat_template
-        # Without its files transformers makes an empty tokenizer up, and every prompt would silently be nonsense.
-        if processor.image_token_id != config.image_token_id:
-            raise InputError(
-                f"tokenizer of '{source}' does not know the checkpoint's image token {config.image_token_id}: "
-                "tokenizer.json or tokenizer_config.json is missing or of another model"
-            )
+    processor = _processor(source, located, revision, foreign, config)
     extra: dict[str, Tensor] = {}
     with _readable_failures(source, "weights"), _quiet_report():
         where: dict[str, Any] = {"pretrained_model_name_or_path": located, "revision": revision}
@@ -346,13 +354,10 @@ def load_backbone(
         )
         if foreign is not None:
             model.generation_config = foreign.generation_config()
-    missing = sorted(info["missing_keys"])
-    if missing or info.get("mismatched_keys"):
-        broken = missing or sorted(str(key) for key in info["mismatched_keys"])
+    if broken := sorted(info["missing_keys"]) or sorted(str(key) for key in info.get("mismatched_keys", ())):
         raise InputError(
             f"weights of '{source}' are incomplete: {len(broken)} tensors missing or of another shape, "
-            f"first '{broken[0]}'; "
-            "download the checkpoint again"
+            f"first '{broken[0]}'; download the checkpoint again"
         )
     if foreign is None:
         with _readable_failures(source, "weights"):

@@ -207,10 +207,32 @@ def _kept_plane(
     return torch.cat([chosen.follow(part, method) for chosen, part in zip(selections, rows, strict=True)])
 
 
+def _kept_rows(
+    scopes: Sequence[VisualTokens], selections: Sequence[Selection], method: str, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kept visual indices of a prompt, on its device and on the CPU, and their features (K, D).
+
+    Raises:
+        InputError: indices that are not ascending, unique and in range.
+    """
+    offset, kept, features = 0, [], []
+    for scope, selection in zip(scopes, selections, strict=True):
+        chosen = selection.kept.to(device)
+        kept.append(chosen + offset)
+        features.append(scope.features[chosen] if selection.features is None else selection.features)
+        offset += scope.features.shape[0]
+    index = torch.cat(kept)
+    on_cpu = index.cpu()
+    if len(on_cpu) and (int(on_cpu[0]) < 0 or int(on_cpu[-1]) >= offset or bool((on_cpu.diff() <= 0).any())):
+        raise InputError(f"method '{method}' returned indices that are not ascending, unique and in range")
+    return index, on_cpu, torch.cat(features)
+
+
 def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Budget) -> CompressedPrompt:
     """Drop the visual tokens that `compressor` does not keep; text is never dropped.
 
-    Kept tokens keep their positions, except where the method asks for others (`Compressor.renumbers`).
+    Kept tokens keep their positions, except where the method asks for others (`Compressor.renumbers`). Long so that all
+    that happens to a prompt stands in one place.
 
     Raises:
         InputError: where visual placeholders and encoded features do not match, or the compressor broke its contract.
@@ -243,18 +265,9 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
             selections = [select(scope, compressor, budget) for scope in scopes]
             for layer, plane in enumerate(planes):
                 plane.append(_kept_plane([item.planes[layer] for item in items], scopes, selections, compressor.name))
-        offset, kept, features = 0, [], []
-        for scope, selection in zip(scopes, selections, strict=True):
-            chosen = selection.kept.to(device)
-            kept.append(chosen + offset)
-            features.append(scope.features[chosen] if selection.features is None else selection.features)
-            offset += scope.features.shape[0]
-        index = torch.cat(kept)
-        on_cpu = index.cpu()
-        if len(on_cpu) and (int(on_cpu[0]) < 0 or int(on_cpu[-1]) >= total or bool((on_cpu.diff() <= 0).any())):
-            raise InputError(f"method '{compressor.name}' returned indices that are not ascending, unique and in range")
+        index, on_cpu, features = _kept_rows(scopes, selections, compressor.name, device)
         keep[row, indices[index]] = True
-        embeds[row, indices[index]] = torch.cat(features).to(embeds.dtype)
+        embeds[row, indices[index]] = features.to(embeds.dtype)
         kept_rows.append(on_cpu)
         own = [item.features.shape[0] for item in items]
         owner = torch.bucketize(on_cpu, torch.tensor(own).cumsum(0), right=True)

@@ -46,6 +46,8 @@ def find_tensors(source: str, wanted: Callable[[Iterable[str]], list[str]], own:
     In a folder all `*.safetensors` and `*.bin` are looked through, whatever their names; of shards with an index only
     those that it names. On the hub torch's files are fetched only where no safetensors file has the tensors.
 
+    Long because the kinds of places are searched in one order.
+
     Args:
         source: a file, a folder, or a hub id `owner/name`, also with a folder of the repository behind it.
         wanted: of the tensor names of one file (or index) those that belong to the module.
@@ -65,16 +67,15 @@ def find_tensors(source: str, wanted: Callable[[Iterable[str]], list[str]], own:
         """Read the wanted tensors of one file."""
         with _readable(f"{what} '{source}'", file):
             names, tensor_of = _opened(place.fetch(file))
-            chosen = wanted(names)
             seen[file] = names
-            for name in chosen:
+            for name in wanted(names):
                 tensor = tensor_of(name)
-                if name in found and not _equal(found[name][1], tensor):
+                earlier, same = found.setdefault(name, (file, tensor))
+                if not _equal(same, tensor):
                     raise InputError(
-                        f"{what} '{source}' is ambiguous: {name} has other values in {file} than in {found[name][0]}: "
+                        f"{what} '{source}' is ambiguous: {name} has other values in {file} than in {earlier}: "
                         "give the file of one of them"
                     )
-                found.setdefault(name, (file, tensor))
 
     if path.is_file():
         take(_Place([path.name], lambda _: path, False), path.name)

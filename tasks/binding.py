@@ -100,12 +100,10 @@ def bind(
         limit: ask only the first documents, for a group the first of each member; None for all.
         seed, documents: for a mirror only, other documents than those that sweeps ask.
         override: for a real task only, keys of its definition to replace (of each member's, for a group), such as where
-            the data is: {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": {"test":
-            path}}}.
+            its data are.
         data_root: folder with the data of real tasks in the layout of `tasks.data`, used instead of the hub; mirrors do
             not look at it.
-        metric: the headline, a metric of the task's definition, instead of the one of `suites.yaml` or, for a task that
-            is not there, of `headline.headline`.
+        metric: the headline, instead of the one of `suites.yaml` (for other tasks, of `headline.headline`).
 
         Raises `InputError`, one line each, for an unknown name or metric, a limit that is no whole number or tears
             pairs apart, data that cannot be loaded, and data without documents.
@@ -129,14 +127,7 @@ def bind(
         else:
             found, data_hash = _load_tasks(manager, name, override), ""
     for task_name, task in found.items():
-        if task.OUTPUT_TYPE != "generate_until":
-            raise InputError(
-                f"{task_name} asks for {task.OUTPUT_TYPE}, and only answers written once (generate_until) can be "
-                "compared here: choose a generative variant of the task"
-            )
-        if not len(task.eval_docs_no_media):
-            raise InputError(f"{task_name} has no documents: its data set is empty")
-        _check_documents(task_name, task, limit, known)
+        _check_task(task_name, task, limit, known)
     return BoundTask(
         name=name,
         tasks=found,
@@ -272,6 +263,18 @@ def _load_tasks(manager: Any, name: str, override: Mapping[str, Any] | None = No
             f"task {name}: cannot load its data set {_source(manager, name)} ({type(cause).__name__}: {_line(cause)}): "
             "is the hub reachable, or the data set in the local cache? The tiny suite needs neither"
         ) from error
+
+
+def _check_task(task_name: str, task: Any, limit: int | None, known: TaskEntry | None) -> None:
+    """Refuse a task that is not answered by generation, and data that its code can't use."""
+    if task.OUTPUT_TYPE != "generate_until":
+        raise InputError(
+            f"{task_name} asks for {task.OUTPUT_TYPE}, and only answers written once (generate_until) can be "
+            "compared here: choose a generative variant of the task"
+        )
+    if not len(task.eval_docs_no_media):
+        raise InputError(f"{task_name} has no documents: its data set is empty")
+    _check_documents(task_name, task, limit, known)
 
 
 def _check_documents(name: str, task: Any, limit: int | None, entry: TaskEntry | None) -> None:

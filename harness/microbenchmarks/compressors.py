@@ -243,6 +243,8 @@ def decoder_cases(
 
 
 def _cases(n: int, width: int, ratio: float, device: torch.device, attention: bool) -> list[_Case]:
+    """What is timed, each with its naive form. Long because it is the list of all of them, over the same tensors."""
+
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 

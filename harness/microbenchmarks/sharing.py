@@ -185,7 +185,7 @@ def measure(spec: SweepSpec, repeats: int, processes: bool) -> str:
                 with clocked() as clock:
                     found[way] = run(folder / f"{way} {number}")
                 clocks[way].append(clock)
-        alone: list[float] = []
+        together, alone = None, []
         if processes:
             methods = [m.name for m in spec.methods]
             together = process(spec, folder / "together", methods, list(map(str, spec.budgets)))
@@ -196,19 +196,32 @@ def measure(spec: SweepSpec, repeats: int, processes: bool) -> str:
         if answers != found["sweep"]:
             raise RuntimeError(f"'{way}' and 'sweep' answered differently: they are not the same work")
 
+    return _report(spec, repeats, clocks, n_cells, together, alone)
+
+
+def _report(
+    spec: SweepSpec,
+    repeats: int,
+    clocks: Mapping[str, Sequence[Clock]],
+    n_cells: int,
+    together: float | None,
+    alone: Sequence[float],
+) -> str:
+    """The table of all ways; `together`, `alone`: seconds of the processes, where they were run."""
     middle = {way: sorted(of, key=lambda c: c.total)[len(of) // 2] for way, of in clocks.items()}
     first = middle["sweep"].total
     rows: list[list[Any]] = [
         [way, c.total, c.images, c.answers, c.total - c.images - c.answers, c.total / first, TARGETS.get(way)]
         for way, c in middle.items()
     ]
-    if processes:
+    if together is not None:
         rows.append(["one process, all cells", together, None, None, None, None, None])
         ratio = sum(alone) / together
         rows.append([f"{len(alone)} processes", sum(alone), None, None, None, ratio, TARGETS["processes"]])
     head = ["", "seconds", "images", "answers", "rest", "ratio", "target"]
+    what = f"{spec.backbones[0].pretrained} on {spec.tasks[0]}"
     lines = [
-        f"{name} on {spec.tasks[0]}: {n_cells - 1} cells and the full row, {spec.limit} documents, "
+        f"{what}: {n_cells - 1} cells and the full row, {spec.limit} documents, "
         f"batches of {spec.batch_size}, {spec.min_pixels} to {spec.max_pixels} pixels an image, "
         f"median of {repeats}",
         "",
@@ -217,7 +230,7 @@ def measure(spec: SweepSpec, repeats: int, processes: bool) -> str:
         "images: decode, preprocess, vision encoder; answers: compress, prefill, generate; rest: scoring, files.",
         "ratio: over `sweep`; of processes over the one process that runs all cells. All ways gave the same answers.",
     ]
-    if processes:
+    if alone:
         lines.append(f"seconds of each process: {', '.join(f'{s:.1f}' for s in alone)}")
         lines.append(f"median {statistics.median(alone):.1f}")
     return "\n".join(lines)

@@ -137,18 +137,7 @@ def difficulty(cells: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
     cells = prepared(cells, [])
     remarks = backbone_remarks(cells)
     done = cells[cells["status"] == "done"]
-    others = done[~done["method"].isin([REFERENCE, CONTROL])]
-    for method in (REFERENCE, CONTROL):
-        if not (done["method"] == method).any():
-            raise InputError(
-                f"the difficulty split needs a finished cell of `{method}`, which this run does not have: "
-                f"sweep it again with {method} among --methods"
-            )
-    if others.empty:
-        raise InputError(
-            "the difficulty split compares methods, and this run has no finished cell besides `full` and `downsample`: "
-            "sweep it again with more --methods"
-        )
+    _check_methods(set(done["method"]))
     tables = _tables(samples)
     rows: list[dict[str, Any]] = []
     for _, group in done.groupby(["backbone", "task"], sort=True):
@@ -176,6 +165,21 @@ def difficulty(cells: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
             rows.append(row)
     rows.sort(key=lambda r: (r["backbone"], r["task"], *budget_order(r["budget"]), r["label"], r["seed"]))
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _check_methods(methods: set[str]) -> None:
+    """Refuse a run without the reference cells, or with nothing to compare with them."""
+    for method in (REFERENCE, CONTROL):
+        if method not in methods:
+            raise InputError(
+                f"the difficulty split needs a finished cell of `{method}`, which this run does not have: "
+                f"sweep it again with {method} among --methods"
+            )
+    if not methods - {REFERENCE, CONTROL}:
+        raise InputError(
+            "the difficulty split compares methods, and this run has no finished cell besides `full` and `downsample`: "
+            "sweep it again with more --methods"
+        )
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -74,6 +74,8 @@ class SweepPlan:
 def plan(spec: SweepSpec, run: Run | None, device: str) -> SweepPlan:
     """Which cells there are, how they share work, and which are done in `run`; `device` is what `auto` came to.
 
+    Long because every cell takes from what is looked up once for its backbone, its task and its compressor.
+
     Raises:
         InputError: a backbone that can't be found, a device or option that can't be used, a task that does not exist,
             or no task that can be loaded (one of several that can't be makes its cells fail).
@@ -114,22 +116,11 @@ def plan(spec: SweepSpec, run: Run | None, device: str) -> SweepPlan:
         if compressor_key not in weights:
             weights[compressor_key] = build(cell.method, **cell.options).fingerprint()
         settings = {
-            "backbone": name,
+            **_cell_settings(spec, cell),
             "revision": revisions[name],
-            "method": cell.method,
-            "options": {
-                k: v if isinstance(v, bool | int | float | str | None) else str(v) for k, v in cell.options.items()
-            },
             "weights": weights[compressor_key],
-            "budget": str(cell.budget),
-            "seed": cell.seed,
-            "task": cell.task,
-            "limit": spec.limit,
             "data": data,
             "prompts": prompts,
-            "media": spec.media(cell.backbone),
-            "generation": spec.generation,
-            "on_bad_document": spec.on_bad_document,
             "dtype": str(dtype).removeprefix("torch."),
             "attention": attention,
             "lmms_eval": version("lmms-eval"),
@@ -159,6 +150,24 @@ def plan(spec: SweepSpec, run: Run | None, device: str) -> SweepPlan:
             for (name, task), cells in groups.items()
         ),
     )
+
+
+def _cell_settings(spec: SweepSpec, cell: CellSpec) -> dict[str, Any]:
+    """What the spec alone says of a cell's answers."""
+    return {
+        "backbone": cell.backbone.pretrained,
+        "method": cell.method,
+        "options": {
+            k: v if isinstance(v, bool | int | float | str | None) else str(v) for k, v in cell.options.items()
+        },
+        "budget": str(cell.budget),
+        "seed": cell.seed,
+        "task": cell.task,
+        "limit": spec.limit,
+        "media": spec.media(cell.backbone),
+        "generation": spec.generation,
+        "on_bad_document": spec.on_bad_document,
+    }
 
 
 def _task_exists(task: str, family: str) -> bool:

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -96,7 +97,7 @@ def prepare_cambrian(
 
     The file is read line by line. Lines are written as they stand, COCO's in a seeded choice of exactly
     `round(coco_share * n)`, in the order of the file. Records whose image is not there are left out and listed in
-    missing.jsonl; report.json counts everything.
+    missing.jsonl; report.json counts everything. Long because it is one pass over the file, with all that it counts.
 
     Args:
         image_root: folder that the records' image paths start from.
@@ -116,24 +117,7 @@ def prepare_cambrian(
     report = CambrianReport(folder, {name: SourceReport() for name in SOURCES.values()})
     coco: list[tuple[int, int]] = []  # byte offset and line number
     with _files(folder, [*SOURCES.values(), "missing"]) as out, source.open("rb") as lines:
-
-        def write(name: str, line: bytes, number: int, images: Sequence[str]) -> None:
-            counts = report.sources[name]
-            counts.chosen += 1
-            for image in images:
-                try:
-                    there = paths.resolve(image, source, f"{source}:{number}").is_file()
-                except InputError:
-                    there = False
-                if not there:
-                    counts.missing += 1
-                    out["missing"].write(json.dumps({"subset": name, "line": number, "image": image}).encode() + b"\n")
-                    if len(report.examples) < 5:
-                        report.examples.append(f"{image} (line {number})")
-                    return
-            counts.written += 1
-            out[name].write(line.rstrip(b"\r\n") + b"\n")
-
+        write = partial(_write_record, report, out, lambda image, where: paths.resolve(image, source, where).is_file())
         at = 0
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -167,6 +151,33 @@ def prepare_cambrian(
     }
     (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _write_record(
+    report: CambrianReport,
+    out: Mapping[str, IO[bytes]],
+    is_there: Callable[[str, str], bool],
+    name: str,
+    line: bytes,
+    number: int,
+    images: Sequence[str],
+) -> None:
+    """Write a record to its subset's file, or to that of missing ones where an image of it is not there."""
+    counts = report.sources[name]
+    counts.chosen += 1
+    for image in images:
+        try:
+            available = is_there(image, f"line {number}")
+        except InputError:
+            available = False
+        if not available:
+            counts.missing += 1
+            out["missing"].write(json.dumps({"subset": name, "line": number, "image": image}).encode() + b"\n")
+            if len(report.examples) < 5:
+                report.examples.append(f"{image} (line {number})")
+            return
+    counts.written += 1
+    out[name].write(line.rstrip(b"\r\n") + b"\n")
 
 
 def _images(line: bytes) -> list[str] | None:

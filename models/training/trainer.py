@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -279,6 +279,8 @@ def train(
 ) -> Result | TrainingPlan:
     """Train what `spec` says, or resume a killed training of the same spec.
 
+    Long because every step needs what those before it loaded; the steps themselves are functions.
+
     Args:
         callbacks: of transformers, for progress.
         overwrite: forget what the folder holds.
@@ -330,12 +332,16 @@ def train(
     with thread_limit(spec.pretrained):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    metrics = {k: v for k, v in (history[-1] if history else {}).items() if isinstance(v, int | float)}
-    metrics.pop("step", None)
+    metrics = _last_metrics(trainer.state.log_history)
     if first:
         _finish(folder, trainer, learner, spec, course, planned, metrics, notes)
     return Result(folder, trainer.state.global_step, metrics, fresh=True, first=first)
+
+
+def _last_metrics(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The numbers of the last line of a log that has a loss."""
+    last: Mapping[str, Any] = next((entry for entry in reversed(history) if "loss" in entry), {})
+    return {k: v for k, v in last.items() if isinstance(v, int | float) and k != "step"}
 
 
 @contextmanager

@@ -134,7 +134,10 @@ class Packer:
     def pack(
         self, lessons: list[Lesson], rng: np.random.Generator, share: float, only_asked: bool = False
     ) -> dict[str, Any]:
-        """Tensors of a batch; `share` of the visual tokens is kept, and below 1 one token of a group may be dropped."""
+        """Tensors of a batch; `share` of the visual tokens is kept, and below 1 one token of a group may be dropped.
+
+        Long because it fills fifteen arrays side by side, position by position.
+        """
         b, (t, h, w) = len(lessons), lessons[0].grid
         n, most = t * h * w, max(len(x.cells) for x in lessons)
         k = n if share >= 1 else max(int(share * n), 20)
@@ -157,18 +160,7 @@ class Packer:
             if share >= 1:
                 keep[i] = np.arange(n)
             else:
-                informative = list(x.cells)
-                if rng.random() < 0.6:  # each group keeps at least one of its tokens
-                    by_group = defaultdict(list)
-                    for cell, group in zip(x.cells, x.groups, strict=True):
-                        by_group[int(group)].append(int(cell))
-                    informative = []
-                    for members in by_group.values():
-                        number = int(rng.integers(1, len(members) + 1))
-                        informative += [members[int(j)] for j in rng.permutation(len(members))[:number]]
-                free = np.setdiff1d(np.arange(n), x.cells)
-                rest = rng.permutation(free)[: k - len(informative)]
-                keep[i] = np.sort(np.concatenate([np.array(informative[:k], np.int64), rest]))
+                keep[i] = _kept(x, rng, n, k)
             group_of = np.full(n, -2, np.int64)
             group_of[x.cells] = x.groups
             shown[i] = group_of[keep[i]]
@@ -215,6 +207,22 @@ class Packer:
         out["grid"], out["kinds"] = (t, h, w), kinds
         out["text_aims"] = {name: torch.from_numpy(a) for name, a in text_aims.items()}
         return out
+
+
+def _kept(lesson: Lesson, rng: np.random.Generator, n: int, k: int) -> np.ndarray:
+    """(k,) of the n tokens of a lesson's image, ascending: those that tell something, others drawn at random."""
+    informative = list(lesson.cells)
+    if rng.random() < 0.6:  # each group keeps at least one of its tokens
+        by_group = defaultdict(list)
+        for cell, group in zip(lesson.cells, lesson.groups, strict=True):
+            by_group[int(group)].append(int(cell))
+        informative = []
+        for members in by_group.values():
+            number = int(rng.integers(1, len(members) + 1))
+            informative += [members[int(j)] for j in rng.permutation(len(members))[:number]]
+    free = np.setdiff1d(np.arange(n), lesson.cells)
+    rest = rng.permutation(free)[: k - len(informative)]
+    return np.sort(np.concatenate([np.array(informative[:k], np.int64), rest]))
 
 
 class Batches(torch.utils.data.Dataset):

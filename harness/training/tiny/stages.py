@@ -8,9 +8,9 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -174,6 +174,89 @@ def _groups(model: Any, used: tuple[str, ...]) -> tuple[list[tuple[str, Tensor]]
     return matrices, [p for _, p in named if id(p) not in ours]
 
 
+def _start_from_parts(model: Any, work: Path, family: type[network.Network]) -> None:
+    """Give a model what the stages of its parts have learned."""
+    for part, prefix in family.parts.items():
+        if (work / f"{part}.pt").is_file():
+            state = torch.load(work / f"{part}.pt", weights_only=True)["model"]
+            model.load_state_dict({k: v for k, v in state.items() if k.startswith(prefix)}, strict=False)
+            log.info("starts from the stage %s", part)
+
+
+def _resume(save: Path, model: Any, optimisers: Sequence[torch.optim.Optimizer]) -> int:
+    """Take a stage up from its last save; the steps made until then."""
+    if not save.is_file():
+        return 0
+    state = torch.load(save, weights_only=True)
+    model.load_state_dict(state["model"], strict=False)
+    for optimiser, own in zip(optimisers, state["optimisers"], strict=True):
+        optimiser.load_state_dict(own)
+    log.info("%s resumes at step %d", save.stem, state["step"])
+    return int(state["step"])
+
+
+def _loss(
+    stage: str,
+    net: network.Network,
+    batch: Any,
+    codes: Any,
+    prefix: Any,
+    draw: int,
+    slots: dict[str, list[float]],
+    seen: dict[str, list[int]],
+) -> Tensor:
+    """The loss of one step; `slots` and `seen` get what the log says of it.
+
+    Args:
+        prefix: of every prompt, from the packer.
+        draw: seed of the symbols that stand for images in stage language.
+    """
+    loss = torch.zeros(())
+    kind = "clip" if batch["grid"][0] > 1 else ""
+
+    def guided(loss: Tensor, guides: Mapping[str, Tensor]) -> Tensor:
+        for name, guide in guides.items():
+            loss = loss + GUIDE * guide
+            if float(guide.detach()):
+                slots[f"{name}_nll"].append(float(guide.detach()))
+        return loss
+
+    if stage == "language":
+        features = symbolic(batch, codes, torch.Generator().manual_seed(draw))
+    else:
+        features, guides = net.shown(batch, codes)
+        loss, logged = aux_loss(features, batch, codes)
+        loss = guided(loss, guides)
+        for name, value in logged.items():
+            slots[name + kind].append(value)
+    if stage == "vision":
+        return loss
+    if stage == "joint":
+        loss = loss * 0.3
+    hidden, guides = _text(net, batch, _take(features, batch["keep"]), prefix, guided=True)
+    loss = guided(loss, guides)
+    answer = batch["target"] >= 0
+    loss = loss + F.cross_entropy(net.logits(hidden[answer]), batch["target"][answer])
+    for name, (right, total) in tally(hidden, net, batch).items():
+        seen[name][0] += right
+        seen[name][1] += total
+    return loss
+
+
+def _average_gradients(parameters: Sequence[Tensor], world: int) -> None:
+    """Give every process the mean of all processes' gradients."""
+    flat = torch.cat([p.grad.reshape(-1) if p.grad is not None else p.new_zeros(p.numel()) for p in parameters])
+    torch.distributed.all_reduce(flat)
+    flat /= world
+    for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = piece.view_as(p)
+
+
+def _note(journal: TextIO, entry: Mapping[str, Any]) -> None:
+    journal.write(json.dumps(entry) + "\n")
+    journal.flush()
+
+
 def train_stage(
     stage: str,
     work: Path,
@@ -190,7 +273,7 @@ def train_stage(
     """One of the stages, from its last save in `work` up to `steps` (or to `stop`); the losses of the steps made.
 
     The learning rate rises for 40 steps, stays, and falls to 2 % over the last 45 %. Under torchrun each process takes
-    its own scenes and gradients are averaged.
+    its own scenes and gradients are averaged. Long because it is the training loop, whose parts are functions.
 
     Args:
         size: scenes a step (default: `BATCH`).
@@ -210,22 +293,12 @@ def train_stage(
     packer = Packer(family)
     codes = network.codebook(len(packer.tokens))
     if stage == "joint":
-        for part, prefix in family.parts.items():
-            if (work / f"{part}.pt").is_file():
-                state = torch.load(work / f"{part}.pt", weights_only=True)["model"]
-                model.load_state_dict({k: v for k, v in state.items() if k.startswith(prefix)}, strict=False)
-                log.info("starts from the stage %s", part)
+        _start_from_parts(model, work, family)
     matrices, rest = _groups(model, family.parts.get(stage, ("",)))
     optimisers = [Muon(matrices, RATE[stage]), torch.optim.AdamW(rest, RATE[stage] / 2, (0.9, 0.98), weight_decay=0.0)]
     rates = [g["lr"] for o in optimisers for g in o.param_groups]
-    save, start = work / f"{stage}.pt", 0
-    if save.is_file():
-        state = torch.load(save, weights_only=True)
-        model.load_state_dict(state["model"], strict=False)
-        for o, s in zip(optimisers, state["optimisers"], strict=True):
-            o.load_state_dict(s)
-        start = state["step"]
-        log.info("%s resumes at step %d", stage, start)
+    save = work / f"{stage}.pt"
+    start = _resume(save, model, optimisers)
     net = family(model)
     journal = (work / f"{stage}.jsonl").open("a", encoding="utf-8") if rank == 0 else None
     last = min(steps, stop or steps)
@@ -240,40 +313,10 @@ def train_stage(
         factor = min(1.0, (step + 1) / 40, max(0.02, (steps - step) / (0.45 * steps)))
         for g, rate in zip((g for o in optimisers for g in o.param_groups), rates, strict=True):
             g["lr"] = rate * factor
-        loss = torch.zeros(())
-        kind = "clip" if batch["grid"][0] > 1 else ""
-        if stage == "language":
-            generator = torch.Generator().manual_seed(step * 64 + rank)
-            features = symbolic(batch, codes, generator)
-        else:
-            features, guides = net.shown(batch, codes)
-            loss, logged = aux_loss(features, batch, codes)
-            for name, guide in guides.items():
-                loss = loss + GUIDE * guide
-                if float(guide.detach()):
-                    slots[f"{name}_nll"].append(float(guide.detach()))
-            for name, value in logged.items():
-                slots[name + kind].append(value)
-        if stage != "vision":
-            if stage == "joint":
-                loss = loss * 0.3
-            hidden, guides = _text(net, batch, _take(features, batch["keep"]), packer.prefix, guided=True)
-            for name, guide in guides.items():
-                loss = loss + GUIDE * guide
-                if float(guide.detach()):
-                    slots[f"{name}_nll"].append(float(guide.detach()))
-            answer = batch["target"] >= 0
-            loss = loss + F.cross_entropy(net.logits(hidden[answer]), batch["target"][answer])
-            for name, (right, total) in tally(hidden, net, batch).items():
-                seen[name][0] += right
-                seen[name][1] += total
+        loss = _loss(stage, net, batch, codes, packer.prefix, step * 64 + rank, slots, seen)
         loss.backward()
         if world > 1:
-            flat = torch.cat([p.grad.reshape(-1) if p.grad is not None else p.new_zeros(p.numel()) for p in parameters])
-            torch.distributed.all_reduce(flat)
-            flat /= world
-            for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                p.grad = piece.view_as(p)
+            _average_gradients(parameters, world)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for o in optimisers:
             o.step()
@@ -291,13 +334,11 @@ def train_stage(
             entry |= {k: round(100 * r / t, 1) for k, (r, t) in sorted(seen.items())}
             seen.clear()
             slots.clear()
-            journal.write(json.dumps(entry) + "\n")
-            journal.flush()
+            _note(journal, entry)
         if rank == 0 and (done % save_every == 0 or done == last):
             write(save, {"model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers], "step": done})
             if journal and stage == "joint" and check:
-                journal.write(json.dumps({"step": done, "fresh": evaluate(net, check)}) + "\n")
-                journal.flush()
+                _note(journal, {"step": done, "fresh": evaluate(net, check)})
     if world > 1:
         torch.distributed.destroy_process_group()
     if journal:
