@@ -93,8 +93,7 @@ def bind(
     """Load the task `name`: an embedded mirror, or any task, group or tag of lmms-eval.
 
     Args:
-        base_model: lmms-eval's name of the unmodified model, which chooses the prompt wording (e.g. "qwen2_5_vl",
-            "qwen3_vl").
+        base_model: lmms-eval's name of the unmodified model, which chooses the prompt wording ("qwen2_5_vl").
         cache_dir: where mirrors are generated; see `tiny.store.default_cache_dir`. Real tasks use the Hugging Face
             caches.
         limit: ask only the first documents, for a group the first of each member; None for all.
@@ -105,8 +104,9 @@ def bind(
             not look at it.
         metric: the headline, instead of the one of `suites.yaml` (for other tasks, of `headline.headline`).
 
-        Raises `InputError`, one line each, for an unknown name or metric, a limit that is no whole number or tears
-            pairs apart, data that cannot be loaded, and data without documents.
+    Raises:
+        InputError: an unknown name or metric, a limit that is no whole number or splits pairs, data that can't be
+            loaded, and data without documents; one line each.
     """
     known = load_suites().tasks.get(name)
     limit = check_limit(name, limit, known.pair if known else 1)

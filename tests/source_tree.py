@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FLOORS = ("baselines", "models", "tasks", "harness")
+LAYERS = ("baselines", "models", "tasks", "harness")
 """The package's folders; each may import itself and those before it."""
 
 

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from source_tree import FLOORS, ROOT, imported_modules
+from source_tree import LAYERS, ROOT, imported_modules
 
 from visionselector_eval.baselines.contract.registry import BUILTIN
 from visionselector_eval.models.backbones import FAMILIES
 from visionselector_eval.models.protocols import PROTOCOLS
 
-FILES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
 # What compressors share lies in baselines/contract/; every file beside it is one method.
 METHODS = [path for path in FILES if path.parent.name == "baselines" and path.stem != "__init__"]
 CONTRACT = "visionselector_eval.baselines.contract."
@@ -27,12 +27,12 @@ def name_of(path: Path) -> str:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_go_downward(path: Path) -> None:
-    floor = path.relative_to(ROOT).parts[0]
-    allowed = FLOORS[: FLOORS.index(floor) + 1]
+    layer = path.relative_to(ROOT).parts[0]
+    allowed = LAYERS[: LAYERS.index(layer) + 1]
     ours = {name for name in imported_modules(path) if name.split(".")[0] == "visionselector_eval"}
     assert {name.split(".")[1] for name in ours} <= set(allowed)
     # Given as `harness.store`, a module would be loaded a second time beside the installed one.
-    assert not {name.split(".")[0] for name in imported_modules(path)} & {*FLOORS, "run_eval"}
+    assert not {name.split(".")[0] for name in imported_modules(path)} & {*LAYERS, "run_eval"}
 
 
 @pytest.mark.parametrize("path", METHODS, ids=name_of)
@@ -108,3 +108,12 @@ def test_no_backbone_names_a_compressor(path: Path) -> None:
     ours = {name for name in imported_modules(path) if name.startswith("visionselector_eval.")}
     methods = {target.partition(":")[0] for target in BUILTIN.values()}
     assert not ours & {*methods, "visionselector_eval.baselines.contract.registry", "visionselector_eval.baselines"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_long_function_says_why_and_no_file_is_long(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 500
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60:
+            assert "Long " in (ast.get_docstring(node) or ""), f"{node.name} has more than 60 lines"
