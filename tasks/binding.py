@@ -94,8 +94,7 @@ def bind(
 
     Args:
         base_model: lmms-eval's name of the unmodified model, which chooses the prompt wording ("qwen2_5_vl").
-        cache_dir: where mirrors are generated; see `tiny.store.default_cache_dir`. Real tasks use the Hugging Face
-            caches.
+        cache_dir: where mirrors are generated; see `tiny.store.default_cache_dir`.
         limit: ask only the first documents, for a group the first of each member; None for all.
         seed, documents: for a mirror only, other documents than those that sweeps ask.
         override: for a real task only, keys of its definition to replace (of each member's, for a group), such as where

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from source_tree import FLOORS, ROOT, imported_modules
+from source_tree import LAYERS, ROOT, imported_modules
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
@@ -99,7 +99,7 @@ def package_files(source: Path) -> set[str]:
     """Every file of the package by its place in the wheel."""
     return {
         "visionselector_eval/" + path.relative_to(source).as_posix()
-        for folder in (*FLOORS, DATA)
+        for folder in (*LAYERS, DATA)
         for path in (source / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
@@ -113,7 +113,7 @@ def contents(wheel: Path) -> set[str]:
 def test_the_package_list_is_the_folders_with_an_init() -> None:
     folders = {
         ".".join(("visionselector_eval", *path.parent.relative_to(ROOT).parts))
-        for folder in FLOORS
+        for folder in LAYERS
         for path in (ROOT / folder).rglob("__init__.py")
     }
     data = "visionselector_eval." + DATA.replace("/", ".")
@@ -123,7 +123,7 @@ def test_the_package_list_is_the_folders_with_an_init() -> None:
 @pytest.mark.parametrize("which", ["wheel", "wheel_of_sdist"])
 def test_a_wheel_holds_every_file_of_the_package_and_no_other(built: Built, which: str) -> None:
     expected = package_files(built.source)
-    assert {name.split("/")[1] for name in expected} == {*FLOORS, "results"}
+    assert {name.split("/")[1] for name in expected} == {*LAYERS, "results"}
     weights = [f"models/tiny/{folder}/model.safetensors" for folder in ("checkpoint", "llava", "llava_stf")]
     needed_files = ("models/py.typed", "tasks/suites.yaml", *weights)
     for needed in (*needed_files, f"{DATA}/llava_stf.csv", f"{DATA}/backbones.yaml"):
@@ -247,7 +247,7 @@ def test_the_lock_has_no_address() -> None:
 def test_every_third_party_import_is_declared() -> None:
     declared = {canonicalize_name(requirement.name) for requirement in asked(*PROJECT["optional-dependencies"])}
     homes = packages_distributions()
-    for folder in FLOORS:
+    for folder in LAYERS:
         for path in (ROOT / folder).rglob("*.py"):
             for name in imported_modules(path):
                 top = name.split(".")[0]
