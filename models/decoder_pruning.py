@@ -20,7 +20,7 @@ from visionselector_eval.baselines.contract.base import Selection
 from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.models.instrumentation import step
 from visionselector_eval.models.planes import cached_tokens
-from visionselector_eval.models.splice import CompressedPrompt, repad
+from visionselector_eval.models.splice import CompressedPrompt, on_cpu, repad
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -309,11 +309,7 @@ class DecoderPruning:
                     merged.append((row, indices[kept], selection.features.to(hidden.dtype)))
                 start += present
             index = torch.cat(chosen)
-            on_cpu = index.cpu()
-            if bool((on_cpu.diff() <= 0).any()) or int(on_cpu[0]) < 0 or int(on_cpu[-1]) >= start:
-                raise InputError(
-                    f"method '{self.method.name}' returned indices that are not ascending, unique and in range"
-                )
+            on_cpu(index, start, self.method.name)
             for plane in self._planes[number:]:
                 rows = [one.follow(plane[row][members], self.method.name) for members, one in selections]
                 plane[row] = torch.cat(rows)
@@ -378,16 +374,7 @@ class DecoderPruning:
         if count:
             with torch.autocast(view.hidden.device.type, enabled=False):
                 selection = self.method.keep(view, members, count)
-        if selection.kept.dtype != torch.int64 or selection.kept.shape != (count,):
-            raise InputError(
-                f"method '{self.method.name}' returned {tuple(selection.kept.shape)} indices of "
-                f"{selection.kept.dtype}: {count} ascending int64 indices are needed"
-            )
-        if selection.features is not None and selection.features.shape != (count, view.hidden.shape[1]):
-            raise InputError(
-                f"method '{self.method.name}' returned features of shape {tuple(selection.features.shape)}: "
-                f"one row for each of its {count} kept tokens is needed"
-            )
+        selection = selection.checked(self.method.name, count, view.hidden.shape[1])
         if ends_visually:
             last = selection.kept.new_tensor([len(members)])
             kept = torch.cat([selection.kept, last])

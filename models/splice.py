@@ -185,18 +185,19 @@ def select(tokens: VisualTokens, compressor: Compressor, budget: Budget) -> Sele
     # Methods choose their own precision; a surrounding autocast would halve it behind their back.
     with torch.autocast(tokens.features.device.type, enabled=False):
         selection = compressor.compress(tokens, count)
-    kept = selection.kept
-    if kept.dtype != torch.int64 or kept.shape != (count,):
-        raise InputError(
-            f"method '{compressor.name}' returned {tuple(kept.shape)} indices of {kept.dtype}: "
-            f"{count} ascending int64 indices are needed"
-        )
-    if selection.features is not None and selection.features.shape != (count, tokens.features.shape[1]):
-        raise InputError(
-            f"method '{compressor.name}' returned features of shape {tuple(selection.features.shape)}: "
-            f"one row for each of its {count} kept tokens is needed"
-        )
-    return selection
+    return selection.checked(compressor.name, count, tokens.features.shape[1])
+
+
+def on_cpu(indices: Tensor, total: int, method: str) -> Tensor:
+    """What a method keeps of `total` tokens, on the CPU.
+
+    Raises:
+        InputError: indices that are not ascending, unique and in range.
+    """
+    kept = indices.cpu()
+    if len(kept) and (int(kept[0]) < 0 or int(kept[-1]) >= total or bool((kept.diff() <= 0).any())):
+        raise InputError(f"method '{method}' returned indices that are not ascending, unique and in range")
+    return kept
 
 
 def _kept_plane(
@@ -222,10 +223,7 @@ def _kept_rows(
         features.append(scope.features[chosen] if selection.features is None else selection.features)
         offset += scope.features.shape[0]
     index = torch.cat(kept)
-    on_cpu = index.cpu()
-    if len(on_cpu) and (int(on_cpu[0]) < 0 or int(on_cpu[-1]) >= offset or bool((on_cpu.diff() <= 0).any())):
-        raise InputError(f"method '{method}' returned indices that are not ascending, unique and in range")
-    return index, on_cpu, torch.cat(features)
+    return index, on_cpu(index, offset, method), torch.cat(features)
 
 
 def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Budget) -> CompressedPrompt:
@@ -265,12 +263,12 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
             selections = [select(scope, compressor, budget) for scope in scopes]
             for layer, plane in enumerate(planes):
                 plane.append(_kept_plane([item.planes[layer] for item in items], scopes, selections, compressor.name))
-        index, on_cpu, features = _kept_rows(scopes, selections, compressor.name, device)
+        index, kept, features = _kept_rows(scopes, selections, compressor.name, device)
         keep[row, indices[index]] = True
         embeds[row, indices[index]] = features.to(embeds.dtype)
-        kept_rows.append(on_cpu)
+        kept_rows.append(kept)
         own = [item.features.shape[0] for item in items]
-        owner = torch.bucketize(on_cpu, torch.tensor(own).cumsum(0), right=True)
+        owner = torch.bucketize(kept, torch.tensor(own).cumsum(0), right=True)
         sizes.append(list(zip(own, owner.bincount(minlength=len(own)).tolist(), strict=True)))
         has_scores = all(s.scores is not None for s in selections)
         scores.append(torch.cat([s.scores for s in selections if s.scores is not None]) if has_scores else None)

@@ -132,6 +132,28 @@ class Selection:
     scores: Tensor | None = None
     merge: Callable[[Tensor], Tensor] | None = None
 
+    def checked(self, method: str, count: int, width: int) -> Selection:
+        """This selection, if it has the form that the contract promises.
+
+        Args:
+            count: tokens to keep.
+            width: D of the tokens.
+
+        Raises:
+            InputError: indices or features of another shape or type.
+        """
+        if self.kept.dtype != torch.int64 or self.kept.shape != (count,):
+            raise InputError(
+                f"method '{method}' returned {tuple(self.kept.shape)} indices of {self.kept.dtype}: "
+                f"{count} ascending int64 indices are needed"
+            )
+        if self.features is not None and self.features.shape != (count, width):
+            raise InputError(
+                f"method '{method}' returned features of shape {tuple(self.features.shape)}: "
+                f"one row for each of its {count} kept tokens is needed"
+            )
+        return self
+
     def follow(self, rows: Tensor, method: str) -> Tensor:
         """(K, E) what is kept of other rows of the same tokens, (N, E), merged as the features were.
 

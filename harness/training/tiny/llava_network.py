@@ -114,21 +114,14 @@ def create(seed: int) -> Any:
     tokens = tokenizer()
     torch.manual_seed(seed)
     model: Any = LlavaForConditionalGeneration(config(tokens))
-    generator = torch.Generator().manual_seed(seed)
+    network.fill(
+        model,
+        seed,
+        depth=lambda name: BLOCKS if "vision_tower" in name else LAYERS,
+        last=("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight"),
+        factors={"projector.linear_2.weight": 0.2, "patch_embedding.weight": 5},
+    )
     with torch.no_grad():
-        for name, p in sorted(model.named_parameters()):
-            if p.ndim == 1:
-                p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-                continue
-            std = 0.07 if "embed_tokens" in name else 1 / math.sqrt(math.prod(p.shape[1:]))
-            if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight")):
-                std *= 0.5 / math.sqrt(2 * (BLOCKS if "vision_tower" in name else LAYERS))
-            if name.endswith("projector.linear_2.weight"):
-                std *= 0.2
-            if name.endswith("patch_embedding.weight"):
-                std *= 5
-            p.copy_(std * torch.randn(p.shape, generator=generator))
-        model.get_input_embeddings().weight.copy_(network.codebook(len(tokens))[0])
         # Waves, so that the tower soon finds neighbours and columns; they and the patches' weights start large, because
         # patches grow by an order of magnitude in the first hundred steps, and small positions are then lost.
         places = model.model.vision_tower.embeddings.position_embedding.weight

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -160,22 +160,41 @@ def create(seed: int) -> Any:
     tokens = tokenizer()
     torch.manual_seed(seed)
     model: Any = Qwen2_5_VLForConditionalGeneration(config(tokens))
-    generator = torch.Generator().manual_seed(seed)
-    depth = {"visual": 4, "language_model": 6}
-    with torch.no_grad():
-        for name, p in sorted(model.named_parameters()):
-            if p.ndim == 1:
-                p.fill_(1.0 if "norm" in name or "ln_q" in name else 0.0)
-                continue
-            std = 0.07 if "embed_tokens" in name else 1 / math.sqrt(math.prod(p.shape[1:]))
-            if name.endswith(("o_proj.weight", "attn.proj.weight", "down_proj.weight")):
-                std *= 0.5 / math.sqrt(2 * depth["visual" if "visual" in name else "language_model"])
-            if name.endswith("merger.mlp.2.weight"):
-                std *= 0.2
-            p.copy_(std * torch.randn(p.shape, generator=generator))
-        # What a cell shows first is coded as the embedding of its text.
-        model.get_input_embeddings().weight.copy_(codebook(len(tokens))[0])
+    fill(
+        model,
+        seed,
+        depth=lambda name: 4 if "visual" in name else 6,
+        last=("o_proj.weight", "attn.proj.weight", "down_proj.weight"),
+        factors={"merger.mlp.2.weight": 0.2},
+    )
     return model
+
+
+@torch.no_grad()
+def fill(
+    model: Any, seed: int, *, depth: Callable[[str], int], last: tuple[str, ...], factors: Mapping[str, float]
+) -> None:
+    """Seeded weights that train from the first step; a text's embedding is the code of what its cell shows first.
+
+    Args:
+        depth: of the stack that a parameter belongs to.
+        last: endings of the names of each block's last projections, which begin smaller in deep stacks.
+        factors: for other endings.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in sorted(model.named_parameters()):
+        if p.ndim == 1:
+            p.fill_(1.0 if name.endswith("weight") and ("norm" in name or "ln_q" in name) else 0.0)
+            continue
+        std = 0.07 if "embed_tokens" in name else 1 / math.sqrt(math.prod(p.shape[1:]))
+        if name.endswith(last):
+            std *= 0.5 / math.sqrt(2 * depth(name))
+        for ending, factor in factors.items():
+            if name.endswith(ending):
+                std *= factor
+        p.copy_(std * torch.randn(p.shape, generator=generator))
+    embeddings = model.get_input_embeddings().weight
+    embeddings.copy_(codebook(len(embeddings))[0])
 
 
 def codebook(vocabulary: int, seed: int = 7) -> Tensor:
