@@ -65,7 +65,7 @@ class MediaSettings:
     def __post_init__(self) -> None:
         for low, high in ((self.min_pixels, self.max_pixels), (self.video_min_pixels, self.video_max_pixels)):
             if any(v is not None and v < 1 for v in (low, high)) or (low and high and low > high):
-                raise InputError(f"pixel bounds {low}..{high} are not usable: give 1 <= min <= max")
+                raise InputError(f"invalid pixel bounds {low}..{high}: expected 1 <= min <= max")
         if self.side is not None and self.side < 1:
             raise InputError(f"invalid side={self.side}: expected a number of pixels, at least 1")
         for name, kinds in (("pillow_resize", ("bounded", "rounded")), ("share_pixels", ("shown", "sampled"))):
@@ -145,7 +145,7 @@ def read_video(path: str | Path, settings: MediaSettings) -> tuple[np.ndarray, d
 
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"video '{path}' is not there")
+        raise InputError(f"video '{path}' not found")
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
@@ -193,7 +193,7 @@ def read_image(value: Any, *, on_white: bool = False) -> Image.Image:
         with Image.open(value) as image:
             return _opaque(image, on_white)
     except FileNotFoundError:
-        raise InputError(f"image '{value}' is not there") from None
+        raise InputError(f"image '{value}' not found") from None
     except Exception as error:
         raise InputError(f"image '{value}' can't be read: {one_line(error)}") from error
 

@@ -45,7 +45,7 @@ def choose_device(device: str) -> str:
     try:
         kind = torch.device(device)
     except RuntimeError:
-        raise InputError(f"device '{device}' is not one: give auto, cpu, cuda or cuda:0") from None
+        raise InputError(f"invalid device '{device}': expected auto, cpu, cuda or cuda:0") from None
     if kind.type == "cuda" and (not torch.cuda.is_available() or (kind.index or 0) >= torch.cuda.device_count()):
         raise InputError(
             f"device '{device}' is not here: {torch.cuda.device_count()} CUDA devices found, try device=cpu"

@@ -108,9 +108,9 @@ def prepare_cambrian(
     """
     source, root, folder = Path(file), Path(image_root), Path(output)
     if not source.is_file():
-        raise InputError(f"'{source}' is not there: give Cambrian737k.jsonl")
+        raise InputError(f"'{source}' not found: give Cambrian737k.jsonl")
     if not root.is_dir():
-        raise InputError(f"image_root '{root}' is no folder: give the one that the images' paths start from")
+        raise InputError(f"invalid image_root '{root}': expected the folder that the images' paths start from")
     if not 0 < coco_share <= 1:
         raise InputError(f"invalid coco_share {coco_share}: expected a ratio, 0 < ratio <= 1")
     paths = MediaPaths(root)
@@ -273,7 +273,7 @@ def write_mirrors(
         mirror(task)
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"output '{folder}' is there already: give a new or empty folder")
+        raise InputError(f"output '{folder}' already exists: give a new or empty folder")
     lines: list[str] = []
     left_out = 0
     try:

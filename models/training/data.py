@@ -233,7 +233,7 @@ class Conversations(Dataset):
 
 
 def _refuse_missing(place: str, path: Path) -> None:
-    raise InputError(f"{place}: '{path}' is not there: is image_root right?")
+    raise InputError(f"{place}: '{path}' not found: is image_root right?")
 
 
 @dataclass(frozen=True)

@@ -411,7 +411,7 @@ def extract_learned(checkpoint: str, output: str | Path, kind: Kind) -> Path:
 def _new_folder(path: str | Path) -> Path:
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"output '{path}' is there already: give a new or empty folder")
+        raise InputError(f"output '{path}' already exists: give a new or empty folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

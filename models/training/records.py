@@ -278,7 +278,7 @@ def open_file(path: str | Path) -> JsonlFile | ParquetFile:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"training data '{path}' is not there")
+        raise InputError(f"training data '{path}' not found")
     if path.suffix not in (".jsonl", ".json", ".parquet"):
         raise InputError(f"training data '{path}' must be .jsonl or .parquet")
     opened = ParquetFile(path) if path.suffix == ".parquet" else JsonlFile(path)

@@ -166,7 +166,7 @@ class CompressorSpec(TrainSpec):
     @model_validator(mode="after")
     def _bounds(self) -> CompressorSpec:
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
-            raise InputError(f"pixel bounds {self.min_pixels}..{self.max_pixels} are not usable: give min <= max")
+            raise InputError(f"invalid pixel bounds {self.min_pixels}..{self.max_pixels}: expected min <= max")
         return self
 
     def published(self) -> dict[str, Any]:

@@ -241,11 +241,11 @@ def read_data(spec: TrainSpec) -> Conversations:
 
     def missing(place: str, path: Path) -> None:
         if spec.on_bad_sample == "fail":
-            raise InputError(f"{place}: '{path}' is not there: is image_root right?")
+            raise InputError(f"{place}: '{path}' not found: is image_root right?")
 
     root = Path(spec.image_root) if spec.image_root else None
     if root is not None and not root.is_dir():
-        raise InputError(f"image_root '{root}' is no folder")
+        raise InputError(f"invalid image_root '{root}': expected a folder")
     return Conversations(spec.data, MediaPaths(root, spec.image_paths), missing=missing)
 
 
@@ -386,7 +386,7 @@ def _begin(folder: Path, course: dict[str, Any], spec: TrainSpec, processes: int
             )
         return
     if folder.is_dir() and any(folder.iterdir()) and not (folder / _CHECKPOINTS).is_dir():
-        raise InputError(f"output '{folder}' is there already and holds no training: give a new or empty folder")
+        raise InputError(f"output '{folder}' already exists and holds no training: give a new or empty folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "spec.yaml").write_text(spec.to_yaml(exclude_none=False), encoding="utf-8")

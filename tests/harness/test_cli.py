@@ -313,10 +313,10 @@ MISTAKES = {
         lambda t, m: ["ask", "Is <|image_pad|> here?", "--image", str(m / "picture.png")],
         "invalid prompt text: expected none of the family's placeholder tokens",
     ),
-    "image missing": (lambda t, m: ["ask", "?", "--image", str(m / "none.png")], "none.png' is not there"),
+    "image missing": (lambda t, m: ["ask", "?", "--image", str(m / "none.png")], "none.png' not found"),
     "image that is a folder": (lambda t, m: ["ask", "?", "--image", str(m)], "can't be read"),
     "video unreadable": (lambda t, m: ["ask", "?", "--video", str(m / "text.mp4")], "text.mp4' can't be decoded"),
-    "video missing": (lambda t, m: ["ask", "?", "--video", str(m / "none.mp4")], "none.mp4' is not there"),
+    "video missing": (lambda t, m: ["ask", "?", "--video", str(m / "none.mp4")], "none.mp4' not found"),
     "output below a file": (
         lambda t, m: ["sweep", *SMALL, "--output", written(t / "file", "") + "/run"],
         "cannot write to the run folder .*give a folder that you may write to",
@@ -350,7 +350,7 @@ MISTAKES = {
         "--against-backbone goes with --against",
     ),
     "empty run": (lambda t, m: ["report", str(t)], "no finished or failed cell"),
-    "device": (lambda t, m: ["sweep", "--device", "gpu"], "device 'gpu' is not one"),
+    "device": (lambda t, m: ["sweep", "--device", "gpu"], "invalid device 'gpu': expected auto"),
     "dtype": (lambda t, m: ["sweep", "--dtype", "float8"], "unknown dtype 'float8'"),
     "attention": (lambda t, m: ["sweep", "--attn-implementation", "flash"], "unknown attn_implementation 'flash'"),
     "flash attention on a CPU": (

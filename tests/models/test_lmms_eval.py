@@ -224,7 +224,7 @@ def test_settings_of_other_models_are_ignored_and_temperature_zero_is_greedy(mod
         ("batch_size=auto", "invalid batch_size='auto': expected "),
         ("protocol=lmms", "unknown protocol 'lmms': did you mean 'lmms_eval'"),
         ("pretrained=./nowhere", "no checkpoint folder"),
-        ("device=gpu", "device 'gpu' is not one"),
+        ("device=gpu", "invalid device 'gpu': expected auto"),
         ("min_pixels=100,max_pixels=50", "pixel bounds 100..50"),
         ("maxpixels=50", "unknown option of method full 'maxpixels'"),
     ],

@@ -164,7 +164,7 @@ TURNS = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}
         (json.dumps({"image": 3, "conversations": TURNS}), "must be a path"),
         (json.dumps({"image": "/abs/a.png", "conversations": TURNS}), "image_paths=absolute"),
         (json.dumps({"image": "../a.png", "conversations": TURNS}), "leaves image_root"),
-        (json.dumps({"image": "gone.png", "conversations": TURNS}), "is not there"),
+        (json.dumps({"image": "gone.png", "conversations": TURNS}), "not found"),
         (json.dumps({"image": "a.png", "conversations": [TURNS[0], {"from": "gpt", "value": " "}]}), "answer is empty"),
     ],
 )
