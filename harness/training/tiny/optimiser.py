@@ -1,4 +1,9 @@
-"""Muon for matrices, Adam for the rest, in one torch optimiser."""
+"""Muon for the matrices of the embedded checkpoints' trainings.
+
+torch.optim.Muon came with torch 2.9, above our lower bound. It takes a fused qkv matrix as one and refuses the kernels
+of convolutions, and it orthogonalises each matrix alone, where here all of a shape go together, which matters for
+matrices of this size.
+"""
 
 from __future__ import annotations
 
