@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,9 +63,27 @@ class Family:
     prompts: tuple[str, ...]
 
 
+def save_shape(name: str, folder: Path) -> Path:
+    """A checkpoint of a shape of `profile --random-weights`, with weights that tell its tokens apart."""
+    from safetensors.torch import load_file, save_file
+
+    from visionselector_eval.harness.profiler.random_weights import build_random
+
+    made = build_random(name)
+    made.model.save_pretrained(folder)
+    made.processor.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, **made.host.extra_weights}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 _NO_VIDEO = tuple(name for name in PROMPTS if "video" not in name)
 
 FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": Family(lambda folders: Subject("tiny", plain_positions=False), tuple(PROMPTS)),
+    "qwen2_vl": Family(
+        lambda folders: Subject(str(save_shape("qwen2_vl_tiny", folders.mktemp("qwen2_vl"))), plain_positions=False),
+        ("one image", "two images", "image and video", "batch of three"),  # all others are the code of qwen2_5_vl
+    ),
     "llava": Family(lambda folders: Subject(str(save_llava(folders.mktemp("llava"))), plain_positions=True), _NO_VIDEO),
 }

@@ -61,6 +61,14 @@ FAMILIES: dict[str, Family] = {
             protocol="visionselector",
         ),
         Family(
+            model_types=("qwen2_vl",),
+            about="Qwen2-VL",
+            adapter=f"{_HERE}.qwen2_vl:Qwen2_VL",
+            lmms_eval="qwen2_vl",
+            pretrained="Qwen/Qwen2-VL-7B-Instruct",
+            protocol="checkpoint",
+        ),
+        Family(
             model_types=("llava", "llava_llama"),  # the second as the original code's later checkpoints spell it
             about="LLaVA-1.5",
             adapter=f"{_HERE}.llava:Llava",

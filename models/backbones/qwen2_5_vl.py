@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch.nn import functional as F
@@ -65,7 +65,7 @@ class _Captured:
 class Qwen2_5_VL(Backbone):
     """Qwen2.5-VL, any size; 3-D positions, window-ordered vision tower, no CLS token."""
 
-    model_class = Qwen2_5_VLForConditionalGeneration
+    model_class: ClassVar[Any] = Qwen2_5_VLForConditionalGeneration
     rotate = staticmethod(apply_rotary_pos_emb)
     traces = frozenset({"received", "keys", "keys_concat"})
 
@@ -187,21 +187,31 @@ class Qwen2_5_VL(Backbone):
         self, captured: Mapping[int, _Captured], start: int, thw: tuple[int, int, int], needs: frozenset[str]
     ) -> EncoderTrace:
         """What the tower tells of the item whose patches begin at `start`; `thw`: its grid of patches."""
-        vision = self.model.config.vision_config
-        index, bounds = get_vision_window_index(torch.tensor([thw]), self._merge, vision.window_size, vision.patch_size)
-        rows, raster = slice(start, start + math.prod(thw)), torch.argsort(index.to(self.device))
+        rows, raster = slice(start, start + math.prod(thw)), self._raster(thw).to(self.device)
         fields: dict[str, Tensor] = {}
         at_layers: dict[str, Tensor] = {}
         for block, told in captured.items():
             asked = {need for need in needs if block_of(need, self.ranking_block, self.encoder_depth) == block}
-            # "Full" attention does not cross temporal steps, that of the other blocks not their windows.
-            whole = block in vision.fullatt_block_indexes
-            segments = [thw[1] * thw[2]] * thw[0] if whole else bounds.diff().tolist()
             names = {need.partition("@")[0] for need in asked}
-            values = told.values(rows, segments, raster, self._merge**2, names)
+            values = told.values(rows, self._segments(block, thw), raster, self._merge**2, names)
             fields |= {need: values[need] for need in asked if "@" not in need}
             at_layers |= {need: values[need.partition("@")[0]] for need in asked if "@" in need}
         return EncoderTrace(**fields, at_layers=at_layers or None)
+
+    def _windows(self, thw: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """The order of an item's merged tokens in the tower, and where its windows begin and end, in patches."""
+        vision = self.model.config.vision_config
+        return get_vision_window_index(torch.tensor([thw]), self._merge, vision.window_size, vision.patch_size)
+
+    def _raster(self, thw: tuple[int, int, int]) -> Tensor:
+        """(N,) for each merged token in raster order its place in the tower's."""
+        return torch.argsort(self._windows(thw)[0])
+
+    def _segments(self, block: int, thw: tuple[int, int, int]) -> list[int]:
+        """Sizes in patches of what a block's attention does not cross: temporal steps, or windows."""
+        if block in self.model.config.vision_config.fullatt_block_indexes:
+            return [thw[1] * thw[2]] * thw[0]
+        return self._windows(thw)[1].diff().tolist()
 
     @torch.no_grad()
     def prompt(self, inputs: Mapping[str, Any], keys: Sequence[str]) -> Prompt:
@@ -288,14 +298,16 @@ class Qwen2_5_VL(Backbone):
 
     def vision_flops(self, inputs: Mapping[str, Any]) -> int | None:
         """Of images and videos together."""
-        vision = self.model.config.vision_config
         grids = [g for name in _GRIDS if inputs.get(name) is not None for g in inputs[name].tolist()]
-        return sum(tower_flops(vision, (t, h // self._merge, w // self._merge)) for t, h, w in grids)
+        return sum(self._tower_flops((t, h // self._merge, w // self._merge)) for t, h, w in grids)
+
+    def _tower_flops(self, grid: tuple[int, int, int]) -> int:
+        return tower_flops(self.model.config.vision_config, grid)
 
     @classmethod
     def config_of(
         cls, text: Mapping[str, Any], vision: Mapping[str, Any], tokenizer: Any, *, tied: bool, **more: Any
-    ) -> Qwen2_5_VLConfig:
+    ) -> Any:
         """As `Backbone.config_of`; `text` has the family's `mrope_section`."""
         sizes = dict(text)
         section = sizes.pop("mrope_section")
@@ -306,27 +318,20 @@ class Qwen2_5_VL(Backbone):
         for edge in ("start", "end"):
             ids[f"vision_{edge}_token_id"] = tokenizer.convert_tokens_to_ids(f"<|vision_{edge}|>")
         common = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        return Qwen2_5_VLConfig(
-            text_config={
-                **sizes,
-                "rms_norm_eps": 1e-6,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section},
-                "tie_word_embeddings": tied,
-                **common,
-            },
-            vision_config={
-                **vision,
-                "out_hidden_size": sizes["hidden_size"],
-                "window_size": 112,
-                "patch_size": 14,
-                "temporal_patch_size": 2,
-                "spatial_merge_size": 2,
-                "tokens_per_second": 2,
-            },
-            tie_word_embeddings=tied,
-            **ids,
+        language = {
+            **sizes,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section},
+            "tie_word_embeddings": tied,
             **common,
-        )
+        }
+        patches = {**vision, "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
+        return cls._config(language, patches, tie_word_embeddings=tied, **ids, **common)
+
+    @classmethod
+    def _config(cls, text: Mapping[str, Any], vision: Mapping[str, Any], **common: Any) -> Any:
+        tower = {**vision, "out_hidden_size": text["hidden_size"], "window_size": 112, "tokens_per_second": 2}
+        return Qwen2_5_VLConfig(text_config=dict(text), vision_config=tower, **common)
 
     def llm_positions(self, compressed: CompressedPrompt) -> Tensor:
         """(4, B, S'): plain positions for the mask, then the 3-D positions, as transformers expects them."""

@@ -167,6 +167,16 @@ def test_counted_flops_of_a_clip_tower_are_those_of_the_shapes(shape, tokens, me
     assert row["decode_flops"] == row["theory_decode_flops"]
 
 
+@pytest.mark.parametrize("tokens", [64, 96])
+def test_counted_flops_of_a_tower_without_windows_are_those_of_its_shape(tokens) -> None:
+    made = build_random("qwen2_vl_tiny")
+    inputs = synthetic(made.processor, tokens).items[0].make()
+    bound = BoundCell(cell_of("method", "uniform", "uniform", {}, Share(0.25)), made.bind(build("uniform")))
+    row = Flops().measure(Profiler(made, 4), bound, Prompt("d", inputs))
+    assert row["vision_flops"] == row["theory_vision_flops"] > 0
+    assert row["prefill_flops"] == row["theory_prefill_flops"]
+
+
 def test_the_cache_is_read_not_computed(shaped) -> None:
     inputs = synthetic(shaped.processor, 64).items[0].make()
     text = shaped.model.config.get_text_config()
