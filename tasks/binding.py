@@ -90,7 +90,7 @@ def bind(
     data_root: str | Path | None = None,
     metric: str | None = None,
 ) -> BoundTask:
-    """Load the task `name`: an embedded mirror, or any task, group or tag of lmms-eval.
+    """Load the task `name`: an embedded look-alike, or any task, group or tag of lmms-eval.
 
     Args:
         base_model: lmms-eval's name of the unmodified model, which chooses the prompt wording ("qwen2_5_vl").
@@ -112,12 +112,12 @@ def bind(
     if known is not None and known.mirror_of is not None:
         if override:
             raise InputError(
-                f"{name} is an embedded mirror: its data cannot be replaced, name {known.mirror_of} instead"
+                f"{name} is an embedded look-alike: its data cannot be replaced, name {known.mirror_of} instead"
             )
         manager, found, data_hash = _load_mirror(name, base_model, cache_dir, seed, documents)
     else:
         if seed is not None or documents is not None:
-            raise InputError(f"seed and documents choose the data of an embedded mirror; {name} is not one")
+            raise InputError(f"seed and documents choose the data of an embedded look-alike; {name} is not one")
         manager = lmms.task_manager(base_model)
         if name not in manager.task_index:
             raise _unknown_task(name, manager.all_tasks)

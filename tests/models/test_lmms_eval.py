@@ -286,7 +286,7 @@ def test_a_task_that_a_family_cannot_answer_is_named(llava_class, llava):
 
 
 def stock_command(folder: Path, tasks: list[str], batch_size: int, limit: int) -> list[str]:
-    """Arguments of `lmms-eval eval` for the embedded mirrors."""
+    """Arguments of `lmms-eval eval` for the embedded look-alikes."""
     arguments = f"pretrained={checkpoint()},method=divprune,budget=0.2,device=cpu,protocol=checkpoint"
     return [
         *("eval", "--model", NAME, "--model_args", arguments, "--tasks", ",".join(tasks)),
