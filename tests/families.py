@@ -54,6 +54,17 @@ class Subject:
             return positions
         return torch.cat([torch.arange(positions.shape[1])[None, None], positions[:, None]])
 
+    def stock_planes(self, compressed: Any, row: int, length: int) -> dict[str, Any]:
+        """Arguments with which a stock LLM adds the planes of one prompt, unpadded, to its first layers."""
+        if not compressed.planes:
+            return {}
+        visual = compressed.visual[row, compressed.attention_mask[row].bool()]
+        where = torch.cat([visual, visual.new_zeros(length - len(visual))])[None]
+        return {
+            "visual_pos_masks": where,
+            "deepstack_visual_embeds": [plane[row] for plane in compressed.planes],
+        }
+
 
 @dataclass(frozen=True)
 class Family:
@@ -84,6 +95,10 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl": Family(
         lambda folders: Subject(str(save_shape("qwen2_vl_tiny", folders.mktemp("qwen2_vl"))), plain_positions=False),
         ("one image", "two images", "image and video", "batch of three"),  # all others are the code of qwen2_5_vl
+    ),
+    "qwen3_vl": Family(
+        lambda folders: Subject(str(save_shape("qwen3_vl_tiny", folders.mktemp("qwen3_vl"))), plain_positions=False),
+        ("one image", "two images", "image and video", "batch of three"),
     ),
     "llava": Family(lambda folders: Subject(str(save_llava(folders.mktemp("llava"))), plain_positions=True), _NO_VIDEO),
 }

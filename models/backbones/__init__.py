@@ -69,6 +69,14 @@ FAMILIES: dict[str, Family] = {
             protocol="checkpoint",
         ),
         Family(
+            model_types=("qwen3_vl",),
+            about="Qwen3-VL",
+            adapter=f"{_HERE}.qwen3_vl:Qwen3_VL",
+            lmms_eval="qwen3_vl",
+            pretrained="Qwen/Qwen3-VL-8B-Instruct",
+            protocol="checkpoint",
+        ),
+        Family(
             model_types=("llava", "llava_llama"),  # the second as the original code's later checkpoints spell it
             about="LLaVA-1.5",
             adapter=f"{_HERE}.llava:Llava",

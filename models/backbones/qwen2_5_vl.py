@@ -140,8 +140,8 @@ class Qwen2_5_VL(Backbone):
             if inputs.get(pixels) is None:
                 continue
             with self._capture(needs) as captured:
-                features = features_of(inputs[pixels], inputs[grid_name]).pooler_output
-            encoded[kind] = list(self._items(_KIND_NAMES[kind], features, inputs[grid_name], captured, needs))
+                output = features_of(inputs[pixels], inputs[grid_name])
+            encoded[kind] = list(self._items(_KIND_NAMES[kind], output, inputs[grid_name], captured, needs))
         return Encoded(rows=[[encoded[kind][number] for kind, number, _ in row] for row in layout])
 
     @contextmanager
@@ -169,16 +169,20 @@ class Qwen2_5_VL(Backbone):
     def _items(
         self,
         kind: Literal["image", "video"],
-        features: Sequence[Tensor],
+        output: Any,
         grids: Tensor,
         captured: dict[int, _Captured],
         needs: frozenset[str],
     ) -> Iterator[VisualItem]:
         start = 0
-        for item, (t, h, w) in zip(features, grids.tolist(), strict=True):
-            make_trace = partial(self._trace, captured, start, (t, h, w), needs) if captured else None
+        planes = list(zip(*(getattr(output, "deepstack_features", None) or ()), strict=True))
+        for number, (t, h, w) in enumerate(grids.tolist()):
             yield VisualItem(
-                kind=kind, grid=(t, h // self._merge, w // self._merge), features=item, make_trace=make_trace
+                kind=kind,
+                grid=(t, h // self._merge, w // self._merge),
+                features=output.pooler_output[number],
+                make_trace=partial(self._trace, captured, start, (t, h, w), needs) if captured else None,
+                planes=planes[number] if planes else (),
             )
             start += t * h * w
 
@@ -260,8 +264,9 @@ class Qwen2_5_VL(Backbone):
             indices, at = kinds.nonzero().squeeze(1), 0
             for kind, number, (t, h, w) in layout[row_number]:
                 new_h, new_w = sizes[kind][number]
-                keep[indices[at : at + t * new_h * new_w]] = True
-                at += t * h * w
+                for _ in range(t):
+                    keep[indices[at : at + new_h * new_w]] = True
+                    at += h * w
             id_rows.append(ids[keep])
         size = max(map(len, id_rows))
         pad = self.processor.tokenizer.pad_token_id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Qwen2_VL(Qwen2_5_VL):
     """Qwen2-VL, any size; 3-D positions, every block attends over a whole image or temporal step, no CLS token."""
 
-    model_class = Qwen2VLForConditionalGeneration
+    model_class: ClassVar[Any] = Qwen2VLForConditionalGeneration
     rotate = staticmethod(apply_rotary_pos_emb)
 
     @property
@@ -45,7 +45,7 @@ class Qwen2_VL(Qwen2_5_VL):
         return 2 * patches * (voxels * width + vision.depth * linear) + 2 * merger + attention
 
     @classmethod
-    def processor_of(cls, vision: Mapping[str, Any], processor: Any, **more: Any) -> Qwen2VLProcessor:
+    def processor_of(cls, vision: Mapping[str, Any], processor: Any, **more: Any) -> Any:
         """The family's own, which says nothing of the time between frames, with the parts of `processor`."""
         return Qwen2VLProcessor(
             processor.image_processor,
@@ -55,6 +55,6 @@ class Qwen2_VL(Qwen2_5_VL):
         )
 
     @classmethod
-    def _config(cls, text: Mapping[str, Any], vision: Mapping[str, Any], **common: Any) -> Qwen2VLConfig:
+    def _config(cls, text: Mapping[str, Any], vision: Mapping[str, Any], **common: Any) -> Any:
         tower = {**vision, "hidden_size": text["hidden_size"]}
         return Qwen2VLConfig(text_config=dict(text), vision_config=tower, **common)

@@ -214,6 +214,7 @@ def test_generate_equals_a_decode_by_hand(row: Row, subject, prompt):
                     attention_mask=torch.ones(1, embeds.shape[1], dtype=torch.int64),
                     position_ids=subject.for_language_model(positions),
                     use_cache=False,
+                    **subject.stock_planes(compressed, b, embeds.shape[1]),
                 ).last_hidden_state
                 logits = backbone.model.lm_head(hidden[0, -1])
             top = logits.topk(2).values

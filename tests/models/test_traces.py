@@ -171,7 +171,8 @@ def view_of(access: LayerAccess, layer: int, states: torch.Tensor, tables: Any) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ranking_inside_the_llm_equals_the_eager_map(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """For every family: what fastv ranks by is the column mean of the attention map of the layer before its own."""
-    backbone = FAMILIES[family].load(tmp_path_factory).eager
+    subject = FAMILIES[family].load(tmp_path_factory)
+    backbone = subject.eager
     inputs = inputs_for(backbone, PROMPTS["one image"]())
     full = backbone.compress(inputs, build("full"))
     with torch.no_grad():
@@ -180,6 +181,7 @@ def test_ranking_inside_the_llm_equals_the_eager_map(family: str, tmp_path_facto
             attention_mask=full.attention_mask,
             position_ids=backbone.llm_positions(full),
             output_attentions=True,
+            **subject.stock_planes(full, 0, full.embeds.shape[1]),
         ).attentions
     for rows, expected in (("last", maps[1][0].mean(0)[-1]), ("all", maps[1][0].mean(0).mean(0))):
         out = backbone.prefill(inputs, build("fastv", layer=2, rows=rows), 0.4)

@@ -167,9 +167,10 @@ def test_counted_flops_of_a_clip_tower_are_those_of_the_shapes(shape, tokens, me
     assert row["decode_flops"] == row["theory_decode_flops"]
 
 
+@pytest.mark.parametrize("shape", ["qwen2_vl_tiny", "qwen3_vl_tiny"])
 @pytest.mark.parametrize("tokens", [64, 96])
-def test_counted_flops_of_a_tower_without_windows_are_those_of_its_shape(tokens) -> None:
-    made = build_random("qwen2_vl_tiny")
+def test_counted_flops_of_a_tower_without_windows_are_those_of_its_shape(shape, tokens) -> None:
+    made = build_random(shape)
     inputs = synthetic(made.processor, tokens).items[0].make()
     bound = BoundCell(cell_of("method", "uniform", "uniform", {}, Share(0.25)), made.bind(build("uniform")))
     row = Flops().measure(Profiler(made, 4), bound, Prompt("d", inputs))
