@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import networkx
 import pytest
 from source_tree import LAYERS, ROOT, imported_modules
 
@@ -117,3 +118,35 @@ def test_a_long_function_says_why_and_no_file_is_long(path: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60:
             assert "Long " in (ast.get_docstring(node) or ""), f"{node.name} has more than 60 lines"
+
+
+def module_name(path: Path) -> str:
+    return ".".join(["visionselector_eval", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
+
+
+def imported_at_once(path: Path) -> Iterator[tuple[str, str]]:
+    """(module, name) that a file of ours imports when it is itself imported."""
+    nodes = list(ast.parse(path.read_text()).body)
+    for node in nodes:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+            nodes += node.body
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("visionselector_eval."):
+            yield from ((str(node.module), alias.name) for alias in node.names)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    modules = {module_name(path) for path in FILES}
+    edges = [
+        (module_name(path), f"{module}.{name}" if f"{module}.{name}" in modules else module)
+        for path in FILES
+        for module, name in imported_at_once(path)
+    ]
+    assert len(edges) > 500
+    assert not list(networkx.simple_cycles(networkx.DiGraph(edges)))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_nothing_imports_a_private_name(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("visionselector_eval."):
+            assert not [alias.name for alias in node.names if alias.name.startswith("_")]
