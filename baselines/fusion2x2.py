@@ -36,7 +36,11 @@ class Fusion2x2(Compressor):
         metadata={"help": "avg: plain mean of a window; sim: members like the mean count more, softmax(cosine / 0.1)"},
     )
     restore_norm: bool = field(
-        default=False, metadata={"help": "give a fused token the mean norm of its members: averaging shrinks norms"}
+        default=False,
+        metadata={
+            "help": "give a fused token the mean norm of its members: averaging shrinks norms (not for backbones that "
+            "add features at several layers)"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -83,7 +87,9 @@ class Fusion2x2(Compressor):
                 rows = windows.flatten(0, 1)[order]
             return rows
 
-        return Selection(kept=place, features=x.to(features.dtype), merge=merge), size
+        # A restored norm is no weighted sum, and what the norm of other rows should be nobody says.
+        told = None if self.restore_norm else merge
+        return Selection(kept=place, features=x.to(features.dtype), merge=told), size
 
     def _mass(self, rows: Tensor, mass: Tensor) -> Tensor:
         """(W, 4) weights of the members of each window, (W, 4, D), from their sizes; mass 0 counts nothing."""

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import pad
 
+from visionselector_eval.baselines.contract.errors import InputError
 from visionselector_eval.models.generation import kv_cache
 
 if TYPE_CHECKING:
@@ -48,8 +50,14 @@ def added(layers: Sequence[Any], number: int, placed: Placed) -> Iterator[None]:
                 return output
             states = output[0] if isinstance(output, tuple) else output
             where, rows = placed(layer)
-            beams = states.shape[0] // where.shape[0]
-            index = where.repeat_interleave(beams, 0)
+            beams, new = states.shape[0] // where.shape[0], states.shape[1] - where.shape[1]
+            if new < 0:
+                raise InputError(
+                    f"layer {layer} got {states.shape[1]} of a prompt's {where.shape[1]} tokens, but features are "
+                    "added behind it: run the prompt that compress() gave, whole and once"
+                )
+            # Without a cache the prompt is read again with every new token, which stands behind it.
+            index = pad(where, (0, new)).repeat_interleave(beams, 0)
             states = states.clone()
             states[index] += torch.cat([part for part in rows for _ in range(beams)]).to(states.dtype)
             return (states, *output[1:]) if isinstance(output, tuple) else states

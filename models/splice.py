@@ -60,6 +60,18 @@ class Encoded:
 
     rows: Sequence[Sequence[VisualItem]]
 
+    @property
+    def planes(self) -> Planes:
+        """The planes of all visual tokens, before any is dropped; none where no item has them."""
+        shown = [item for items in self.rows for item in items]
+        return tuple(
+            tuple(
+                torch.cat([item.planes[layer] for item in items]) if items else shown[0].planes[layer][:0]
+                for items in self.rows
+            )
+            for layer in range(max((len(item.planes) for item in shown), default=0))
+        )
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -200,11 +212,9 @@ def on_cpu(indices: Tensor, total: int, method: str) -> Tensor:
     return kept
 
 
-def _kept_plane(
-    parts: Sequence[Tensor], scopes: Sequence[VisualTokens], selections: Sequence[Selection], method: str
-) -> Tensor:
-    """(K, D) of one plane for the tokens that a prompt's selections keep; `parts`: its rows for each item."""
-    rows = torch.cat(list(parts)).split([len(scope.features) for scope in scopes])
+def _kept_plane(plane: Tensor, scopes: Sequence[VisualTokens], selections: Sequence[Selection], method: str) -> Tensor:
+    """(K, D) of one plane, (N, D), for the tokens that a prompt's selections keep."""
+    rows = plane.split([len(scope.features) for scope in scopes])
     return torch.cat([chosen.follow(part, method) for chosen, part in zip(selections, rows, strict=True)])
 
 
@@ -242,8 +252,7 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
     totals: list[int] = []
     scores: list[Tensor | None] = []
     sizes: list[list[tuple[int, int]]] = []
-    number = max((len(item.planes) for items in encoded.rows for item in items), default=0)
-    planes: list[list[Tensor]] = [[] for _ in range(number)]
+    planes = [list(rows) for rows in encoded.planes]
     for row, items in enumerate(encoded.rows):
         total = sum(item.features.shape[0] for item in items)
         indices = prompt.visual[row].nonzero().squeeze(1)
@@ -254,15 +263,13 @@ def splice(prompt: Prompt, encoded: Encoded, compressor: Compressor, budget: Bud
             kept_rows.append(torch.empty(0, dtype=torch.int64))
             scores.append(None)
             sizes.append([])
-            for plane in planes:
-                plane.append(embeds.new_empty(0, embeds.shape[-1]))
             continue
         text = prompt.embeds[row][prompt.question[row]] if "text" in compressor.needs else None
         with step("compressor"):
             scopes = _scopes(items, compressor, text, prompt.keys[row])
             selections = [select(scope, compressor, budget) for scope in scopes]
-            for layer, plane in enumerate(planes):
-                plane.append(_kept_plane([item.planes[layer] for item in items], scopes, selections, compressor.name))
+            for plane in planes:
+                plane[row] = _kept_plane(plane[row], scopes, selections, compressor.name)
         index, kept, features = _kept_rows(scopes, selections, compressor.name, device)
         keep[row, indices[index]] = True
         embeds[row, indices[index]] = features.to(embeds.dtype)

@@ -166,7 +166,7 @@ class Selection:
         if self.merge is None:
             raise InputError(
                 f"method '{method}' merges tokens without saying how (Selection.merge), which a backbone needs that "
-                "adds features at several layers of its LLM: use another method or backbone"
+                "adds features at several layers of its LLM: use another method, other options, or another backbone"
             )
         return self.merge(rows.to(working_dtype(rows))).to(rows.dtype)
 

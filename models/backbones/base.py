@@ -356,7 +356,7 @@ class Backbone(ABC):
         Raises:
             InputError: logits that are not finite.
         """
-        with self._hooked(compressed) as pruning:
+        with self.hooked(compressed) as pruning:
             hidden, logits = self.forward(compressed)
         seen = pruning.outcome() if pruning else entered(compressed, self.depth)
         if not bool(torch.isfinite(logits).all()):
@@ -383,12 +383,12 @@ class Backbone(ABC):
         """
         if compressed.decoder is not None:
             refuse_unusual_generation(compressed.decoder[0].name, generation, self.model.generation_config)
-        with self._finite_logits(), self._hooked(compressed) as pruning:
+        with self._finite_logits(), self.hooked(compressed) as pruning:
             tokens = self.stock_generate(compressed, **generation)
         return tokens, pruning.outcome() if pruning else entered(compressed, self.depth)
 
     @contextmanager
-    def _hooked(self, compressed: CompressedPrompt) -> Iterator[DecoderPruning | None]:
+    def hooked(self, compressed: CompressedPrompt) -> Iterator[DecoderPruning | None]:
         """The hooks that a prompt needs inside the LLM: those that drop tokens there, and those that add planes."""
         pruning = DecoderPruning(self.layer_access, compressed) if compressed.decoder is not None else None
 

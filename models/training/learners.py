@@ -29,6 +29,7 @@ from visionselector_eval.models.dynamic_qwen.training import (
     temperature,
 )
 from visionselector_eval.models.loading import load_backbone
+from visionselector_eval.models.planes import Planes
 from visionselector_eval.models.splice import CompressedPrompt, Encoded, Prompt
 from visionselector_eval.models.training.data import IGNORED, Conversations
 from visionselector_eval.models.training.export import KINDS, save_learned
@@ -125,8 +126,15 @@ class Learner(nn.Module, ABC):
         """What the backbone reads of a batch."""
         return {k: v for k, v in batch.items() if k not in ("labels", "places", "skipped", "error")}
 
-    def _language_loss(self, prompt: Prompt, embeds: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of the answers' tokens, float32; logits are made for these places alone."""
+    def _language_loss(self, prompt: Prompt, embeds: Tensor, labels: Tensor, planes: Planes = ()) -> Tensor:
+        """Mean cross-entropy of the answers' tokens, float32; logits are made for these places alone.
+
+        Args:
+            prompt: full-length prompts.
+            embeds: (B, S, D) with visual features in their places.
+            labels: (B, S).
+            planes: of all visual tokens.
+        """
         rows = len(labels)
         whole = CompressedPrompt(
             input_ids=prompt.input_ids,
@@ -139,8 +147,10 @@ class Learner(nn.Module, ABC):
             visual=prompt.visual,
             question=prompt.question,
             items=[[] for _ in range(rows)],
+            planes=planes,
         )
-        hidden, _ = self.backbone.forward(whole)
+        with self.backbone.hooked(whole):
+            hidden, _ = self.backbone.forward(whole)
         following = labels[:, 1:]
         learned = following != IGNORED
         logits = self.backbone.model.get_output_embeddings()(hidden[:, :-1][learned])
@@ -175,7 +185,10 @@ class CompressorLearner(Learner):
 
 
 class SelectorLearner(CompressorLearner):
-    """Trains VisionSelector's scorer: visual tokens are scaled by the soft top-k mask, all stay (arXiv 2510.16598)."""
+    """Trains VisionSelector's scorer: visual tokens are scaled by the soft top-k mask, all stay (arXiv 2510.16598).
+
+    Features that enter behind deeper layers are scaled by the same mask: what is dropped enters nowhere.
+    """
 
     spec: SelectorSpec
     learned: Scorer
@@ -207,8 +220,11 @@ class SelectorLearner(CompressorLearner):
         if not owners:
             loss = self._language_loss(prompt, prompt.embeds, batch["labels"])
             return Outcome(loss + self.nothing(loss.device), {"loss_language": loss.detach()}, {"lambda": weight})
-        scopes = [item.features for row in encoded.rows for item in row]
+        # Planes stand beside the features of their tokens, so that one mask scales both: (N, D * (1 + planes)).
+        scopes = [torch.cat([item.features, *item.planes], dim=1) for row in encoded.rows for item in row]
+        sizes = [[len(item.features) for item in row] for row in encoded.rows]
         labels, left_out = batch["labels"], []
+        width = self.backbone.width
         if self.spec.upstream_exact:
             scopes, owners = [torch.cat(scopes)], owners[:1]
         counts: dict[int, int] = {}  # scope -> k
@@ -228,14 +244,16 @@ class SelectorLearner(CompressorLearner):
 
         def language(gated: list[Tensor]) -> Tensor:
             whole = list(scopes)
-            for number, features in zip(learned, gated, strict=True):
-                whole[number] = features
-            return self._language_loss(prompt, self._joined(prompt, whole), labels)
+            for number, rows in zip(learned, gated, strict=True):
+                whole[number] = rows
+            features, *planes = torch.cat(whole).split(width, dim=1)
+            by_row = tuple(plane.split([sum(row) for row in sizes]) for plane in planes)
+            return self._language_loss(prompt, self._joined(prompt, [features]), labels, by_row)
 
         made = selector_loss(
             [scopes[number] for number in learned],
             [counts[number] for number in learned],
-            self.learned,
+            lambda rows: self.learned(rows[:, :width]),
             language,
             weight,
         )
@@ -292,7 +310,7 @@ class PredictorLearner(CompressorLearner):
         sizes = [[len(item.features) for item in row] for row in encoded.rows]
         embeds = self._joined(prompt, [item.features for row in encoded.rows for item in row])
         with self._policy(prompt.visual, sizes, tau) as keep:
-            language = self._language_loss(prompt, embeds, batch["labels"])
+            language = self._language_loss(prompt, embeds, batch["labels"], encoded.planes)
         assert isinstance(self.budget, Share)
         bound = mean_keep_loss(keep, self.budget.ratio, 1.0, self.spec.keep_mean == "sample")
         parts = {

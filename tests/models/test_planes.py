@@ -19,10 +19,15 @@ from visionselector_eval.models import load_backbone
 from visionselector_eval.models.backbones.qwen2_5_vl import Qwen2_5_VL
 from visionselector_eval.models.inputs import MediaSettings, build_inputs
 from visionselector_eval.models.splice import Encoded
+from visionselector_eval.models.training.data import IGNORED
+from visionselector_eval.models.training.learners import PredictorLearner, SelectorLearner
+from visionselector_eval.models.training.spec import PredictorSpec, SelectorSpec
+from visionselector_eval.models.visionselector.training import gate
 
 PLANES = 3
 INSIDE = [row for row in CANONICAL if build(row.name).stage == "decoder"]
 BEFORE = [row for row in CANONICAL if build(row.name).stage == "projector" and row.name not in ("full",)]
+BEFORE += [Row("fusion2x2", {"weights": "sim"}, merges=True), Row("visionzip", {"upstream_exact": True}, merges=True)]
 
 
 class Deep(Qwen2_5_VL):
@@ -212,7 +217,10 @@ class Secretive(Compressor):
         return Selection(kept=torch.arange(count), features=-tokens.features[:count])
 
 
-@pytest.mark.parametrize("method", [Secretive(), Pairs(says_how=False)], ids=lambda m: m.name)
+SILENT = [Secretive(), Pairs(says_how=False), build("fusion2x2", restore_norm=True)]
+
+
+@pytest.mark.parametrize("method", SILENT, ids=lambda m: m.name)
 def test_merging_that_can_not_be_followed_is_refused_in_one_line(deep: Deep, tiny: Any, method: Any) -> None:
     inputs = inputs_for(deep, PROMPTS["one image"]())
     assert tiny.prefill(inputs, method, 0.5).kept  # without planes nothing is missing
@@ -248,3 +256,121 @@ def test_planes_matter(deep: Deep) -> None:
     compressed = deep.compress(inputs, build("divprune"), 0.3)
     without = deep.run_llm(replace(compressed, planes=()))
     assert not same_tensor(deep.run_llm(compressed).logits, without.logits, 1e-2)
+
+
+def test_down_sampled_images_bring_their_own_planes(deep: Deep) -> None:
+    inputs = inputs_for(deep, PROMPTS["one image"]())
+    compressed = deep.compress(inputs, build("downsample"), 0.3)
+    (plane,) = compressed.planes[0]
+    features = compressed.embeds[0, compressed.visual[0]]
+    assert len(plane) == len(compressed.kept[0]) < compressed.totals[0]
+    assert same_tensor(plane, plane_of(features, 0), 1e-6)
+
+
+# generation -----------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_cache_the_prompt_is_read_again_with_its_planes(deep: Deep) -> None:
+    inputs = inputs_for(deep, PROMPTS["batch of three"]())
+    for method in (build("full"), build("visionzip")):
+        budget = 1.0 if method.name == "full" else 0.4
+        cached = deep.generate(inputs, method, budget, max_new_tokens=4, do_sample=False)
+        assert torch.equal(
+            deep.generate(inputs, method, budget, max_new_tokens=4, do_sample=False, use_cache=False), cached
+        )
+
+
+def test_a_prompt_in_pieces_is_refused_in_one_line(deep: Deep) -> None:
+    compressed = deep.compress(inputs_for(deep, PROMPTS["one image"]()), build("full"))
+    with deep.hooked(compressed), pytest.raises(InputError, match="layer 0 got 8 of a prompt's") as error:
+        deep.model.model.language_model(inputs_embeds=compressed.embeds[:, :8], use_cache=False)
+    assert "\n" not in str(error.value)
+
+
+# training -------------------------------------------------------------------------------------------------------------
+
+
+def scorer_spec(**fields: Any) -> SelectorSpec:
+    common = {"data": ["unused"], "output": "unused", "device": "cpu", "report_to": "none", "batch_size": 3}
+    return SelectorSpec.make({**common, "budget": 0.5, "lambda_start": 0.0, "init_std": 0.3, **fields})
+
+
+def conversation(deep: Deep, labelled: int = 4) -> dict[str, Any]:
+    """A batch of three whose last tokens are answers."""
+    inputs = inputs_for(deep, PROMPTS["batch of three"]())
+    labels = torch.full_like(inputs["input_ids"], IGNORED)
+    labels[:, -labelled:] = inputs["input_ids"][:, -labelled:]
+    return {**inputs, "labels": labels, "places": ["a", "b", "c"]}
+
+
+@torch.no_grad()
+def expected_loss(deep: Deep, batch: dict[str, Any], masks: list[torch.Tensor]) -> torch.Tensor:
+    """The loss of an LLM that sees features and planes of each prompt times (N,) `masks`, by its own arguments."""
+    full = deep.compress({k: v for k, v in batch.items() if k not in ("labels", "places")}, build("full"))
+    embeds = full.embeds.clone()
+    embeds[full.visual] *= torch.cat(masks)[:, None]
+    total, number = torch.zeros(()), 0
+    for row in range(len(masks)):
+        scaled = [plane[row] * masks[row][:, None] for plane in full.planes]
+        states, positions, visual = unpadded(replace(full, embeds=embeds), row)
+        everything = torch.arange(len(states))
+
+        def tokens(layer: int, scaled: Any = scaled, visual: Any = visual, everything: Any = everything) -> Any:
+            return everything, visual, scaled[layer] if layer < PLANES else None
+
+        for back in range(4, 0, -1):  # the state before each answer token predicts it
+            cut = len(states) - back
+            last = by_hand(
+                deep, states[:cut], positions[:, :cut], lambda layer, t=tokens, c=cut: everything_to(t, layer, c)
+            )
+            target = batch["labels"][row, -back]
+            total = total + torch.nn.functional.cross_entropy(deep.model.lm_head(last)[None], target[None])
+            number += 1
+    return total / number
+
+
+def everything_to(tokens: Any, layer: int, cut: int) -> Any:
+    stay, visual, rows = tokens(layer)
+    return stay[:cut], visual, rows
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_scorer_learns_beside_an_llm_that_sees_the_planes(exact: bool) -> None:
+    """Gates scale a token wherever it enters, and gradients reach the scorer through every layer."""
+    plain = load_backbone("tiny", attn_implementation="eager")
+    backbone = Deep(plain.model, plain.processor, id="deep", revision="0", extra_weights=plain.host.extra_weights)
+    batch = conversation(backbone)
+    learner = SelectorLearner.build(backbone, scorer_spec(upstream_exact=exact))
+    features = [[item.features for item in row] for row in backbone.encode(batch).rows]
+    scopes = [item for row in features for item in row]
+    scopes = [torch.cat(scopes)] if exact else scopes
+    mask = gate(scopes, [len(scope) // 2 for scope in scopes], learner.learned).mask.detach()
+    assert mask.min() < 0.45 < 0.55 < mask.max()
+    masks = list(mask.split([sum(len(item) for item in row) for row in features]))
+    outcome = learner(batch, 0, 10)
+    assert same_tensor(outcome.parts["loss_language"], expected_loss(backbone, batch, masks), 2e-4)
+
+    outcome.loss.backward()
+    weight = learner.learned.q_proj.weight
+    at = divmod(int(weight.grad.abs().argmax()), weight.shape[1])
+    losses = []
+    with torch.no_grad():
+        for step in (1e-2, -2e-2):
+            weight[at] += step
+            losses.append(float(learner(batch, 0, 10).loss))
+    assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(float(weight.grad[at]), rel=0.1, abs=1e-5)
+
+
+def test_a_predictor_learns_beside_an_llm_that_sees_the_planes() -> None:
+    plain = load_backbone("tiny", attn_implementation="eager")
+    backbone = Deep(plain.model, plain.processor, id="deep", revision="0", extra_weights=plain.host.extra_weights)
+    batch = conversation(backbone)
+    fields = scorer_spec().model_dump(include={"data", "output", "device", "report_to", "batch_size", "budget"})
+    learner = PredictorLearner.build(backbone, PredictorSpec.make({**fields, "hidden": 16, "blocks": 1}))
+    with torch.no_grad():
+        learner.learned.head[-1].weight.zero_()
+        learner.learned.head[-1].bias.copy_(torch.tensor([60.0, -60.0]))  # all are kept
+    everything = [torch.ones(n) for n in backbone.visual_totals(batch)]
+    outcome = learner(batch, 0, 10)
+    assert outcome.parts["kept_share"] == 1
+    assert same_tensor(outcome.parts["loss_language"], expected_loss(backbone, batch, everything), 1e-3)
